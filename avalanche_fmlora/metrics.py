@@ -1,0 +1,274 @@
+"""Metrics of continual learning: pure functions of the accuracy matrix.
+
+``R[t, i]`` is the accuracy on the test images of experience i after training on experience t, a fraction in [0, 1];
+shape [T, T], as an array or nested sequences. Entries above the diagonal are ignored and may be NaN or None.
+Where a metric averages over earlier experiences and there is none (T = 1) it is NaN, and None in :func:`summarize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix: TypeAlias = NDArray[np.floating] | Sequence[Sequence[float | None]]
+_Array: TypeAlias = NDArray[np.float64]
+
+# 97.5 % quantiles of Student's t with 1..30 degrees of freedom; `_t_quantile` has a series for more.
+_T_975 = (
+    12.706204736174694, 4.302652729749462, 3.1824463052837078, 2.7764451051977934, 2.5705818356363146,
+    2.4469118511449786, 2.364624251592784, 2.306004135204166, 2.262157162798205, 2.228138851986274,
+    2.200985160091639, 2.1788128296672284, 2.1603686564627913, 2.144786687917804, 2.131449545559776,
+    2.1199052992212546, 2.1098155778333156, 2.1009220402410382, 2.0930240544083087, 2.085963447265864,
+    2.0796138447276795, 2.0738730679040254, 2.0686576104190486, 2.0638985616280245, 2.0595385527532972,
+    2.0555294386428735, 2.0518305164802846, 2.0484071417952454, 2.045229642132703, 2.0422724563012378,
+)  # fmt: skip
+_Z_975 = 1.959963984540054
+
+
+class PairedDifference(NamedTuple):
+    """Mean of n paired differences and the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def final_average_accuracy(R: Matrix) -> float:
+    r"""Accuracy after the last experience, each experience counting the same: :math:`\frac1T \sum_i R_{T-1,i}`.
+
+    Args:
+        R: accuracy matrix, shape [T, T]; only the last row need be known.
+
+    Raises:
+        ValueError: if R isn't square, has a value outside [0, 1] or lacks one that is needed.
+
+    >>> final_average_accuracy([[0.75, None], [0.25, 0.5]])
+    0.375
+    """
+    return float(_known(_square(R), "final_average_accuracy", last_row=True)[-1].mean())
+
+
+def pooled_accuracy(R: Matrix, n_test: Sequence[int] | NDArray[np.integer]) -> float:
+    r"""Share of all test images that are right after the last experience: :math:`\sum_i n_i R_{T-1,i} / \sum_i n_i`.
+
+    Args:
+        R: accuracy matrix, shape [T, T]; only the last row need be known.
+        n_test: number of test images of each experience, shape [T].
+
+    Raises:
+        ValueError: as :func:`final_average_accuracy`, and if `n_test` isn't T positive numbers.
+
+    >>> pooled_accuracy([[0.75, None], [0.25, 0.5]], n_test=[300, 100])
+    0.3125
+    """
+    matrix = _known(_square(R), "pooled_accuracy", last_row=True)
+    counts = np.asarray(n_test, dtype=np.float64)
+    if counts.shape != (len(matrix),) or not (np.isfinite(counts) & (counts > 0)).all():
+        raise ValueError(
+            f"Expected `n_test` to be {len(matrix)} positive numbers, one for each experience, but got {n_test!r}: "
+            "give the number of test images of each experience."
+        )
+    return float(matrix[-1] @ counts / counts.sum())
+
+
+def average_anytime_accuracy(R: Matrix) -> float:
+    r"""Mean over time of the accuracy on what was seen: :math:`\frac1T \sum_t \frac1{t+1} \sum_{i \le t} R_{t,i}`.
+
+    Also called average incremental accuracy (arXiv 1611.07725).
+
+    Args:
+        R: accuracy matrix, shape [T, T]; the lower triangle must be known.
+
+    Raises:
+        ValueError: as :func:`final_average_accuracy`.
+
+    >>> average_anytime_accuracy([[0.75, None], [0.25, 0.5]])
+    0.5625
+    """
+    matrix = _known(_square(R), "average_anytime_accuracy")
+    return float(np.mean([row[: t + 1].mean() for t, row in enumerate(matrix)]))
+
+
+def forgetting(R: Matrix) -> float:
+    r"""Mean drop from the best earlier accuracy.
+
+    .. math:: \frac1{T-1} \sum_{i<T-1} \left( \max_{i \le t < T-1} R_{t,i} - R_{T-1,i} \right)
+
+    arXiv 1801.10112; negative where the last experience raised the accuracy. The "forgetting" of Avalanche (first minus
+    last) and that of CODA-Prompt (mean drop a step) are other quantities.
+
+    Args:
+        R: accuracy matrix, shape [T, T]; the lower triangle must be known.
+
+    Returns:
+        A fraction in [-1, 1]; NaN if T = 1.
+
+    Raises:
+        ValueError: as :func:`final_average_accuracy`.
+
+    >>> forgetting([[0.5, None, None], [0.75, 1.0, None], [0.25, 0.5, 1.0]])
+    0.5
+    """
+    matrix = _known(_square(R), "forgetting")
+    last = len(matrix) - 1
+    return float(np.mean([matrix[i:last, i].max() - matrix[last, i] for i in range(last)])) if last else math.nan
+
+
+def backward_transfer(R: Matrix) -> float:
+    r"""Mean change since an experience was learned: :math:`\frac1{T-1} \sum_{i<T-1} R_{T-1,i} - R_{i,i}`.
+
+    arXiv 1706.08840.
+
+    Args:
+        R: accuracy matrix, shape [T, T]; the diagonal and the last row must be known.
+
+    Returns:
+        A fraction in [-1, 1], negative where experiences are forgotten; NaN if T = 1.
+
+    Raises:
+        ValueError: as :func:`final_average_accuracy`.
+
+    >>> backward_transfer([[0.75, None], [0.25, 0.5]])
+    -0.5
+    """
+    matrix = _known(_square(R), "backward_transfer", last_row=True, diagonal=True)
+    return float((matrix[-1] - np.diag(matrix))[:-1].mean()) if len(matrix) > 1 else math.nan
+
+
+def learning_accuracy(R: Matrix) -> float:
+    r"""Accuracy on each experience right after training on it: :math:`\frac1T \sum_i R_{i,i}`.
+
+    Args:
+        R: accuracy matrix, shape [T, T]; only the diagonal need be known.
+
+    Raises:
+        ValueError: as :func:`final_average_accuracy`.
+
+    >>> learning_accuracy([[0.75, None], [0.25, 0.5]])
+    0.625
+    """
+    return float(np.diag(_known(_square(R), "learning_accuracy", diagonal=True)).mean())
+
+
+def summarize(R: Matrix, n_test: Sequence[int] | NDArray[np.integer]) -> dict[str, float | None]:
+    """All metrics of a run, None where one is undefined.
+
+    A matrix of which only the last row is known (joint training) has final and pooled accuracy and nothing else; with
+    T = 1 there is nothing to forget. A lower triangle that is known in part is an error, as in each function.
+
+    Args:
+        R: accuracy matrix, shape [T, T].
+        n_test: number of test images of each experience, shape [T].
+
+    Raises:
+        ValueError: as :func:`pooled_accuracy`.
+
+    >>> summarize([[None, None], [0.25, 0.5]], n_test=[1, 1])["forgetting"] is None
+    True
+    """
+    matrix = _square(R)
+    earlier = matrix[:-1][np.tri(len(matrix), dtype=bool)[:-1]]
+    last_row_only = len(earlier) > 0 and bool(np.isnan(earlier).all())
+    values = {
+        "final_average_accuracy": final_average_accuracy(matrix),
+        "pooled_final_accuracy": pooled_accuracy(matrix, n_test),
+        "average_anytime_accuracy": math.nan if last_row_only else average_anytime_accuracy(matrix),
+        "forgetting": math.nan if last_row_only else forgetting(matrix),
+        "backward_transfer": math.nan if last_row_only else backward_transfer(matrix),
+        "learning_accuracy": math.nan if last_row_only else learning_accuracy(matrix),
+    }
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:
+    r"""Mean of a - b over pairs with its 95 % interval :math:`\bar d \pm t_{0.975,n-1} \, s_d / \sqrt n`.
+
+    Args:
+        a: a metric of one method, shape [n], one entry for each class order.
+        b: the same metric of the other method, shape [n], in the same order.
+
+    Returns:
+        ``(mean, low, high, n)``; the bounds are NaN if n = 1.
+
+    Raises:
+        ValueError: if the lengths differ or are 0, or if a value isn't finite.
+
+    >>> paired_difference([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
+    PairedDifference(mean=0.25, low=0.25, high=0.25, n=3)
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
+        raise ValueError(
+            f"Expected `a` and `b` to be two lists of one length, but got shapes {first.shape} and {second.shape}: "
+            "keep the class orders that both methods have, in the same order."
+        )
+    difference = first - second
+    if not np.isfinite(difference).all():
+        raise ValueError("Expected finite values in `a` and `b` but got NaN or infinity: leave these pairs out.")
+    n, mean = len(difference), float(difference.mean())
+    if n == 1:
+        return PairedDifference(mean, math.nan, math.nan, 1)
+    half = _t_quantile(n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
+    return PairedDifference(mean, mean - half, mean + half, n)
+
+
+def _t_quantile(df: int) -> float:
+    """97.5 % quantile of Student's t; beyond the table its expansion in 1/df (Abramowitz & Stegun, 26.7.5)."""
+    if df <= len(_T_975):
+        return _T_975[df - 1]
+    z = _Z_975
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / math.pow(df, k + 1) for k, term in enumerate(terms))
+
+
+def _square(R: Matrix) -> _Array:
+    """The matrix as float64 [T, T] with NaN for None, checked."""
+    try:
+        matrix = np.array([[math.nan if value is None else value for value in row] for row in R], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected an accuracy matrix of shape [T, T] but the rows can't be read as one ({error}): "
+            "give T rows of T numbers, None where unknown."
+        ) from error
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise ValueError(
+            f"Expected an accuracy matrix of shape [T, T] with T >= 1 but got shape {list(matrix.shape)}: "
+            "give one row and one column for each experience."
+        )
+    wrong = ~np.isnan(matrix) & ((matrix < 0) | (matrix > 1))
+    if wrong.any():
+        t, i = (int(k) for k in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"Expected accuracies as fractions in [0, 1] but got R[{t}, {i}] = {matrix[t, i]:g}: "
+            "divide per cent by 100."
+        )
+    return matrix
+
+
+def _known(matrix: _Array, metric: str, last_row: bool = False, diagonal: bool = False) -> _Array:
+    """The matrix if the needed entries are known: last row and/or diagonal, or without either the lower triangle."""
+    needed = np.zeros(matrix.shape, dtype=bool)
+    if not (last_row or diagonal):
+        needed |= np.tri(len(matrix), dtype=bool)
+    if last_row:
+        needed[-1] = True
+    if diagonal:
+        np.fill_diagonal(needed, True)
+    unknown = np.argwhere(np.isnan(matrix) & needed)
+    if len(unknown):
+        t, i = (int(k) for k in unknown[0])
+        raise ValueError(
+            f"Expected R[{t}, {i}] to be known for {metric} but got NaN: evaluate experience {i} after training on "
+            f"experience {t}."
+        )
+    return matrix
