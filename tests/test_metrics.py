@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 from collections.abc import Callable
 from typing import Any
@@ -199,8 +198,3 @@ def test_paired_difference_edges() -> None:
     for a, b in (([], []), ([1.0], [1.0, 2.0]), ([math.nan, 1.0], [0.0, 0.0])):
         with pytest.raises(ValueError, match=r"class orders|finite"):
             paired_difference(a, b)
-
-
-def test_doctests() -> None:
-    result = doctest.testmod(metrics)
-    assert (result.failed, result.attempted) == (0, 8)
