@@ -22,7 +22,7 @@ from avalanche_fmlora.metrics import (
 )
 
 # Worked by hand. Last row 0.2 0.5 0.9; diagonal 0.8 0.7 0.9; best before the last: 0.9 (after experience 1) and 0.7.
-HAND = [[0.8, None, None], [0.9, 0.7, None], [0.2, 0.5, 0.9]]
+HAND: list[list[float | None]] = [[0.8, None, None], [0.9, 0.7, None], [0.2, 0.5, 0.9]]
 
 
 def reference_forgetting(R: Any) -> float:
@@ -157,7 +157,7 @@ def test_bad_matrices_are_refused(R: Any, message: str) -> None:
 
 
 def test_only_needed_entries_are_asked_for() -> None:
-    sparse = [[0.5, None, None], [None, 0.75, None], [0.25, 0.5, 1.0]]
+    sparse: list[list[float | None]] = [[0.5, None, None], [None, 0.75, None], [0.25, 0.5, 1.0]]
     assert learning_accuracy(sparse) == 0.75
     assert backward_transfer(sparse) == -0.25
     with pytest.raises(ValueError, match="forgetting"):

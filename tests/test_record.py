@@ -167,7 +167,7 @@ def _without(key: str, inner: str | None = None) -> Any:
 
 
 def _with(**changes: Any) -> Any:
-    return finished() | changes  # type: ignore[operator]
+    return finished() | changes
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,29 @@ def test_a_failing_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pyte
         write_record(finished(), tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_killed_writer_leaves_whole_records_only(tmp_path: Path) -> None:
+    code = (
+        "import itertools, sys\nfrom avalanche_fmlora.results.record import blank_record, write_record\n"
+        "cfg = {'method': 'm', 'method_options': {}, 'benchmark': {'name': 'b'}, 'backbone': {}, 'training': {},\n"
+        "       'class_order_seed': 0, 'label': None}\n"
+        "for seed in itertools.count():\n"
+        "    record = blank_record(cfg | {'seed': seed})\n"
+        "    record['benchmark']['class_names'] = ['name'] * 20_000\n"
+        f"    write_record(record, {str(tmp_path)!r}); print(seed, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        said = [process.stdout.readline() for _ in range(5)]
+        process.kill()
+        process.wait()
+    assert said[-1] == "4\n"
+    seeds = [record["seeds"]["seed"] for record in read_records(tmp_path)]
+    assert seeds == list(range(len(seeds)))
+    assert len(seeds) >= 5
 
 
 def test_environment() -> None:

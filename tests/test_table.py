@@ -62,7 +62,7 @@ def make(
     record["benchmark"] |= {"experience_names": ["a", "b"], "n_test": [10, 30], "split_hash": split_hash}
     record["accuracy_matrix"] = [[None if joint else 0.75, None], [final, 0.25]]
     record["metrics"] = summarize(record["accuracy_matrix"], [10, 30])  # type: ignore[typeddict-item]
-    record["cost"] |= {"train_s": 2.0 + seed, "peak_memory_bytes": 1000}  # type: ignore[typeddict-item]
+    record["cost"] |= {"train_s": 2.0 + seed, "peak_memory_bytes": 1000}
     record["experiences"] = [
         {
             "experience": t,
