@@ -1,0 +1,510 @@
+"""image_folder: layouts, decoding, cache, and an error that names the culprit for each kind of broken input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from avalanche_fmlora.data import image_folder as module
+from avalanche_fmlora.data.cache import cached_images, default_cache_dir
+from avalanche_fmlora.data.image_folder import decode_image, image_folder
+
+
+def encoded(
+    color: Any = (200, 100, 50), size: tuple[int, int] = (12, 10), kind: str = "PNG", mode: str = "RGB"
+) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def save(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def class_files(n_classes: int = 4, per: int = 2, top: str = "") -> dict[str, bytes]:
+    """Class c is drawn in the colour (20 c, 0, image index)."""
+    return {
+        f"{top}{split}/c{c}/{i}.png": encoded((20 * c, 0, i))
+        for split in ("train", "test")
+        for c in range(n_classes)
+        for i in range(per)
+    }
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def build(cache: Path) -> Any:
+    def call(path: Path, **options: Any) -> Any:
+        return image_folder(path, **({"image_size": 8, "cache_dir": cache} | options))
+
+    return call
+
+
+def raw(experience: Any, index: int) -> tuple[list[int], int]:
+    """The middle pixel as 0..255 and the label of an item of a benchmark with mean 0 and std 1."""
+    image, label, *_ = experience.dataset[index]
+    return [round(float(v) * 255) for v in image[:, 4, 4]], int(label)
+
+
+UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def test_class_incremental_folder(tmp_path: Path, build: Any) -> None:
+    benchmark = build(write(tmp_path / "pets", class_files()), n_experiences=2, **UNIT)
+    info = benchmark.info
+    assert (info.name, info.kind, info.n_train, info.n_test) == ("pets", "class_incremental", (4, 4), (4, 4))
+    assert info.class_names == ("c0", "c1", "c2", "c3") and info.image_size == 8
+    assert info.extra["source"] == "pets" and info.extra["n_files"] == 16
+    assert info.extra["resize"] == "shorter side to 8 px (bicubic, antialiased), centre crop"
+    second = benchmark.train_stream[1]
+    assert [raw(second, i) for i in range(4)] == [([40, 0, 0], 2), ([40, 0, 1], 2), ([60, 0, 0], 3), ([60, 0, 1], 3)]
+
+
+def test_class_order_moves_pixels_with_labels(tmp_path: Path, build: Any) -> None:
+    benchmark = build(write(tmp_path / "pets", class_files()), n_experiences=4, class_order_seed=3, **UNIT)
+    order = benchmark.info.class_order
+    assert sorted(order) == [0, 1, 2, 3] and order != (0, 1, 2, 3)
+    for t, original in enumerate(order):
+        assert raw(benchmark.test_stream[t], 0) == ([20 * original, 0, 0], t)
+
+
+def test_zip_folder_and_wrapped_zip_agree(tmp_path: Path, build: Any) -> None:
+    files = class_files()
+    clutter = {"__MACOSX/pets/train/c0/._0.png": b"x", "pets/train/c0/Thumbs.db": b"x", "pets/.git/a.png": b"x"}
+    wrapped = {f"pets/{k}": v for k, v in files.items()} | clutter | {"LICENSE.txt": b"x"}
+    dotted = {f"./{k}": v for k, v in files.items()} | {"train/notes.md": b"x", "train/c0/labels.csv": b"x"}
+    paths = [
+        write(tmp_path / "pets", files),
+        pack(tmp_path / "pets.zip", files),
+        pack(tmp_path / "wrapped.zip", wrapped),
+        pack(tmp_path / "dotted.zip", dotted),
+    ]
+    infos = [build(p, n_experiences=4).info for p in paths]
+    assert len({i.split_hash for i in infos}) == 1
+    assert [i.name for i in infos] == ["pets", "pets", "wrapped", "dotted"]
+    assert infos[1].extra["source"] == "pets.zip"
+
+
+def test_default_is_ten_experiences(tmp_path: Path, build: Any) -> None:
+    path = write(tmp_path / "pets", class_files(20, 1))
+    assert len(build(path).train_stream) == 10
+    with pytest.raises(ValueError, match=r"divide the 20 classes of pets but got 3"):
+        build(path, n_experiences=3)
+
+
+def test_domain_incremental(tmp_path: Path, build: Any) -> None:
+    files = {k: v for d in ("ink", "oil", "wax") for k, v in class_files(2, top=f"{d}/").items()}
+    files["wax/train/c0/9.png"] = encoded((1, 2, 3))
+    benchmark = build(pack(tmp_path / "art.zip", {f"art/{k}": v for k, v in files.items()}), **UNIT)
+    assert benchmark.info.kind == "domain_incremental"
+    assert benchmark.info.experience_names == ("ink", "oil", "wax")
+    assert benchmark.info.n_train == (4, 4, 5) and benchmark.info.n_test == (4, 4, 4)
+    assert raw(benchmark.train_stream[2], 2) == ([1, 2, 3], 0)
+    assert len(build(tmp_path / "art.zip", n_experiences=3).train_stream) == 3
+    with pytest.raises(ValueError, match=r"number of domains of 'art.zip', 3 \('ink', 'oil', 'wax'\), but got 10"):
+        build(tmp_path / "art.zip", n_experiences=10)
+
+
+def test_a_domain_that_lacks_a_class_is_named(tmp_path: Path, build: Any) -> None:
+    files = {k: v for d in ("ink", "oil") for k, v in class_files(3, top=f"{d}/").items()}
+    files = {k: v for k, v in files.items() if not k.startswith(("oil/test/c1", "oil/test/c2"))}
+    with pytest.raises(ValueError, match=r"oil/test lacks 2 of 3 \('c1', 'c2'\)"):
+        build(write(tmp_path / "art", files))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test/c3/": None}, r"test lacks 1 of 4 \('c3'\)"),
+        ({"train/": None}, r"train lacks 4 of 4 \('c0', 'c1', 'c2', 'c3'\)"),
+        ({"train/": None, "test/": None}, r"holds no images .*\.png.*train/<class>/<image>.*<domain>/train"),
+        ({"train/c9/a.txt": b"x"}, r"1 class folders in 'pets' hold no image: 'train/c9'"),
+        ({"train/c9/a.txt": b"x", "test/c9/b.xcf": b"x"}, r"2 class folders.*'test/c9', 'train/c9'"),
+        ({"ink/train/c0/a.png": encoded()}, r"mixes both layouts.*'ink'"),
+        ({"train/loose.png": encoded()}, r"1 of 17 images in 'pets' are in no class folder: 'train/loose.png'"),
+        ({"train/c0/deep/x.png": encoded()}, r"in no class folder: 'train/c0/deep/x.png'"),
+        ({"val/c0/x.png": encoded()}, r"in no class folder: 'val/c0/x.png'"),
+        ({"train/c1/0.png": b""}, r"1 of 16 images .*'train/c1/0.png' \(the file is empty\).*Replace or remove"),
+        ({"train/c1/0.png": b"no image at all"}, r"'train/c1/0.png' \(cannot identify"),
+        (
+            {"train/c1/0.png": encoded(size=(64, 64))[:-30], "test/c1/1.png": encoded(size=(64, 64))[:60]},
+            r"2 of 16 images.*'test/c1/1.png'.*'train/c1/0.png'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_broken_input_is_named(
+    tmp_path: Path, build: Any, change: dict[str, bytes | None], message: str, as_zip: bool
+) -> None:
+    files = class_files()
+    for name, data in change.items():
+        if data is None:
+            files = {k: v for k, v in files.items() if not k.startswith(name)}
+        else:
+            files[name] = data
+    (tmp_path / "pets").mkdir()
+    path = pack(tmp_path / "pets.zip", files) if as_zip else write(tmp_path / "pets", files)
+    with pytest.raises(ValueError, match=message.replace("'pets'", r"'pets\.zip'") if as_zip else message):
+        build(path, n_experiences=2)
+
+
+def test_empty_class_folders_are_named(tmp_path: Path, build: Any) -> None:
+    path = write(tmp_path / "pets", class_files())
+    (path / "train" / "c9").mkdir()
+    with pytest.raises(ValueError, match="'train/c9'"):
+        build(path, n_experiences=2)
+
+
+def test_missing_path_says_both_layouts(tmp_path: Path, build: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere'.*train/<class>/<image>.*<domain>/train/<class>/<image>"):
+        build(tmp_path / "nowhere")
+
+
+def test_no_zip_and_torn_zip(tmp_path: Path, build: Any) -> None:
+    (tmp_path / "a.zip").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"a.zip' is no zip archive.*5 bytes"):
+        build(tmp_path / "a.zip")
+    whole = pack(tmp_path / "b.zip", class_files()).read_bytes()
+    (tmp_path / "b.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b.zip' is no zip archive, or a torn one"):
+        build(tmp_path / "b.zip")
+
+
+def test_flipped_bit_in_a_zip_member_is_named(tmp_path: Path, build: Any) -> None:
+    path = pack(tmp_path / "pets.zip", class_files())
+    data = bytearray(path.read_bytes())
+    start = data.index(b"train/c2/1.png") + len("train/c2/1.png")
+    data[start + 40] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"1 of 16 .*'train/c2/1.png' \(the archive's data are broken .*CRC"):
+        build(path, n_experiences=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "train/../../evil.png", "/etc/evil.png", "C:/evil.png", r"train\c0\evil.png"]
+)
+def test_members_that_leave_the_archive_are_refused(tmp_path: Path, build: Any, name: str) -> None:
+    path = pack(tmp_path / "pets.zip", class_files() | {name: encoded()})
+    with pytest.raises(ValueError, match=r"evil.png' of 'pets.zip' .*no path may leave the archive's folder"):
+        build(path, n_experiences=2)
+    assert not list(tmp_path.rglob("evil.png"))
+
+
+def test_links_encryption_and_twins_in_a_zip_are_refused(tmp_path: Path, build: Any) -> None:
+    link = zipfile.ZipInfo("train/c0/link.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(pack(tmp_path / "a.zip", class_files()), "a") as archive:
+        archive.writestr(link, "/etc/hostname")
+    with pytest.raises(ValueError, match=r"'train/c0/link.png' of 'a.zip' is a symbolic link"):
+        build(tmp_path / "a.zip", n_experiences=2)
+
+    data = bytearray(pack(tmp_path / "b.zip", class_files()).read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "b.zip").write_bytes(data)
+    with pytest.raises(ValueError, match=r"'train/c0/0.png' of 'b.zip' is encrypted"):
+        build(tmp_path / "b.zip", n_experiences=2)
+
+    with zipfile.ZipFile(pack(tmp_path / "c.zip", class_files()), "a") as archive:
+        archive.writestr("./train/c0/0.png", encoded())
+    with pytest.raises(ValueError, match=r"'c.zip' holds two members named 'train/c0/0.png'"):
+        build(tmp_path / "c.zip", n_experiences=2)
+
+
+def test_links_in_a_folder(tmp_path: Path, build: Any) -> None:
+    path = write(tmp_path / "pets", class_files())
+    inside = path / "train" / "c0" / "inside.png"
+    inside.symlink_to(path / "train" / "c1" / "0.png")
+    assert build(path, n_experiences=2).info.n_train == (5, 4)
+    write(tmp_path, {"secret.png": encoded()})
+    outside = path / "train" / "c0" / "outside.png"
+    outside.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match=r"'train/c0/outside.png' in .* is a link to .*secret.png', outside"):
+        build(path, n_experiences=2)
+    outside.unlink()
+    (path / "train" / "loop").symlink_to(path)
+    with pytest.raises(ValueError, match=r"'train/loop' in .* is a link to a folder that holds it"):
+        build(path, n_experiences=2)
+    (path / "train" / "loop").unlink()
+    outside.symlink_to(path / "gone.png")
+    with pytest.raises(ValueError, match=r"'train/c0/outside.png' in .*gone.png', which is missing"):
+        build(path, n_experiences=2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_formats(kind: str) -> None:
+    pixels = decode_image(encoded(kind=kind), 4)
+    assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - [200, 100, 50]).max() <= 4
+
+
+def test_modes_become_rgb() -> None:
+    def pixel(image: Image.Image, kind: str = "PNG", **options: Any) -> list[int]:
+        return [int(v) for v in decode_image(save(image, kind, **options), 1)[0, 0]]
+
+    assert pixel(Image.new("RGBA", (2, 2), (200, 0, 0, 0))) == [255, 255, 255]
+    assert pixel(Image.new("RGBA", (2, 2), (100, 0, 0, 51))) == [224, 204, 204]
+    assert pixel(Image.new("LA", (2, 2), (0, 0))) == [255, 255, 255]
+    assert pixel(Image.new("L", (2, 2), 7)) == [7, 7, 7]
+    assert pixel(Image.new("1", (2, 2), 1)) == [255, 255, 255]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert pixel(palette) == [10, 20, 30]
+    assert pixel(palette, transparency=1) == [255, 255, 255]
+    assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.uint16))) == [77, 77, 77]
+    assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.int32)), "TIFF") == [77, 77, 77]
+    assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF") == [255, 0, 0]
+    with pytest.raises(ValueError, match="floating-point"):
+        pixel(Image.new("F", (2, 2), 0.5), "TIFF")
+    with pytest.raises(ValueError, match="exceed"):
+        pixel(Image.new("I", (2, 2), 70_000), "TIFF")
+
+
+def test_first_frame_of_a_gif() -> None:
+    frames = [Image.new("RGB", (4, 4), c) for c in ((255, 0, 0), (0, 0, 255))]
+    assert decode_image(save(frames[0], "GIF", save_all=True, append_images=frames[1:]), 2)[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]
+
+
+def test_orientation_is_applied() -> None:
+    image = Image.fromarray(np.repeat(np.array([[[255] * 3], [[0] * 3]], np.uint8), 2, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    assert decode_image(save(image), 2)[:, 0, 0].tolist() == [255, 0]
+    assert decode_image(save(image, exif=exif), 2)[:, 0, 0].tolist() == [0, 255]
+
+
+def test_ghostscript_is_never_started() -> None:
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_image(save(Image.new("RGB", (4, 4)), "EPS"), 2)
+
+
+@pytest.mark.parametrize("size", [(40, 25), (25, 40), (9, 7), (31, 31), (16, 16)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_same_pixels_as_resize_then_crop(size: tuple[int, int], interpolation: str) -> None:
+    noise = np.random.default_rng(0).integers(96, 160, (size[1], size[0], 3), dtype=np.uint8)  # no overshoot to clip
+    image, side = Image.fromarray(noise), 16
+    scale = side / min(size)
+    full = tuple(round(s * scale) for s in size)
+    resized = np.asarray(image.resize(full, Image.Resampling[interpolation.upper()]))
+    top, left = round((full[1] - side) / 2), round((full[0] - side) / 2)
+    expected = resized[top : top + side, left : left + side].astype(int)
+    assert np.abs(decode_image(save(image), side, interpolation) - expected).max() <= 1
+
+
+def test_truncated_images_are_refused_even_if_the_program_lets_pil_fill_them(
+    tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    torn = {"train/c0/0.png": save(photo, "JPEG")[:-400]}
+    with pytest.raises(ValueError, match=r"'train/c0/0.png' \(.*truncated"):
+        build(write(tmp_path / "pets", class_files() | torn), n_experiences=2)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def decode_counter(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    inner = module._decode_all
+
+    def counted(*arguments: Any) -> np.ndarray:
+        calls.append(1)
+        return inner(*arguments)
+
+    monkeypatch.setattr(module, "_decode_all", counted)
+    return calls
+
+
+def test_cache_hit_and_what_invalidates_it(
+    tmp_path: Path, build: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = decode_counter(monkeypatch)
+    path = write(tmp_path / "pets", class_files())
+
+    def run(**options: Any) -> int:
+        build(path, **({"n_experiences": 2} | options))
+        return len(calls)
+
+    assert run() == 1
+    assert run(n_experiences=4, class_order_seed=1, augment="flip", mean=(0, 0, 0), name="x") == 1
+    assert run(image_size=4) == 2
+    assert run(interpolation="bilinear") == 3
+    os.utime(path / "train/c0/0.png", ns=(0, 0))
+    assert run() == 4
+    (path / "train/c0/0.png").rename(path / "train/c0/7.png")
+    assert run() == 5
+    monkeypatch.setattr(module, "_DECODER_VERSION", 99)
+    assert run() == 6
+    assert run() == 6
+    assert sorted({p.suffix for p in cache.iterdir()}) == [".json", ".npy"]
+
+
+def test_a_zip_keeps_its_cache_when_it_moves(tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = decode_counter(monkeypatch)
+    path = pack(tmp_path / "pets.zip", class_files())
+    first = build(path, n_experiences=2).info
+    second = build(path.rename(tmp_path / "moved.zip"), n_experiences=2).info
+    assert len(calls) == 1 and first.split_hash == second.split_hash
+    pack(tmp_path / "moved.zip", class_files() | {"train/c0/0.png": encoded((9, 9, 9))})
+    assert build(tmp_path / "moved.zip", n_experiences=2).info.split_hash != first.split_hash
+    assert len(calls) == 2
+
+
+def test_torn_or_foreign_cache_is_built_again(
+    tmp_path: Path, build: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = decode_counter(monkeypatch)
+    path = write(tmp_path / "pets", class_files())
+    want = build(path, n_experiences=2).info.split_hash
+    (data,), (facts,) = cache.glob("*.npy"), cache.glob("*.json")
+    whole = data.read_bytes()
+
+    def foreign() -> None:
+        data.write_bytes(b"PK\x03\x04 something else")
+
+    def other_shape() -> None:
+        np.save(data, np.zeros((3, 8, 8, 3), np.uint8))
+
+    def spoil(at: int) -> None:
+        data.write_bytes(whole[:at] + bytes(len(whole) - at))
+
+    damages = [
+        lambda: data.write_bytes(whole[:-7]),
+        lambda: data.write_bytes(b""),
+        lambda: spoil(len(whole) // 2),
+        foreign,
+        other_shape,
+        lambda: facts.write_text("{"),
+        lambda: facts.write_text(json.dumps({"format": "other"})),
+    ]
+    for n, damage in enumerate(damages, start=2):
+        caplog.clear()
+        damage()
+        assert build(path, n_experiences=2).info.split_hash == want
+        assert len(calls) == n and "torn or foreign" in caplog.text
+    facts.unlink()
+    assert build(path, n_experiences=2).info.split_hash == want
+    assert len(calls) == len(damages) + 2
+
+
+def test_unwritable_cache_works_in_memory(
+    tmp_path: Path, build: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "pets", class_files())
+    want = build(path, n_experiences=2).info.split_hash
+    write(tmp_path, {"a_file": b""})
+    assert build(path, n_experiences=2, cache_dir=tmp_path / "a_file").info.split_hash == want
+    assert "Can't write the image cache" in caplog.text
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    caplog.clear()
+    assert build(path, n_experiences=2, cache_dir=tmp_path / "full").info.split_hash == want
+    assert "No space left" in caplog.text and list((tmp_path / "full").iterdir()) == []
+
+
+def test_builders_at_once_agree(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+
+    def one(_: int) -> np.ndarray:
+        return cached_images("ab", images.shape, images.copy, tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(one, range(40)):
+            assert np.array_equal(got, images)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ab.json", "ab.npy"]
+
+
+def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "avalanche_fmlora"
+    image_folder(write(tmp_path / "pets", class_files(2)), image_size=4, n_experiences=1)
+    assert len(list((tmp_path / "avalanche_fmlora").iterdir())) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/.cache/avalanche_fmlora")
+
+
+def test_augment_touches_train_images_only(tmp_path: Path, build: Any) -> None:
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, :4] = 255
+    files = {
+        f"{s}/c{c}/{i}.png": save(Image.fromarray(half)) for s in ("train", "test") for c in (0, 1) for i in range(16)
+    }
+    path = write(tmp_path / "pets", files)
+    for augment, kinds in (("none", 1), ("flip", 2)):
+        benchmark = build(path, n_experiences=1, augment=augment, **UNIT)
+        lefts = {float(benchmark.train_stream[0].dataset[i][0][0, 4, 0]) for i in range(32)}
+        assert len(lefts) == kinds
+        assert {float(benchmark.test_stream[0].dataset[i][0][0, 4, 0]) for i in range(32)} == {1.0}
+        assert benchmark.info.extra["augment"] == augment
+    cropped = build(path, n_experiences=1, augment="crop_flip", **UNIT).train_stream[0].dataset
+    means = {round(float(cropped[i][0].mean()), 3) for i in range(32)}
+    assert cropped[0][0].shape == (3, 8, 8) and len(means) > 2
+
+
+def test_options_are_checked(tmp_path: Path, build: Any) -> None:
+    path = write(tmp_path / "pets", class_files(2, 1))
+    with pytest.raises(ValueError, match=r"`augment` to be one of .*crop_flip.* but got 'mirror'"):
+        build(path, augment="mirror")
+    with pytest.raises(ValueError, match=r"`interpolation` to be one of .*bicubic.* but got 'cubic'"):
+        build(path, interpolation="cubic")
+    for size in (0, -3, 7.5, True):
+        with pytest.raises(ValueError, match="`image_size` to be a positive whole number"):
+            build(path, image_size=size)
+
+
+def real(name: str) -> Path:
+    path = Path(os.environ.get("AVALANCHE_FMLORA_DATA", "")) / name
+    if "AVALANCHE_FMLORA_DATA" not in os.environ or not path.is_file():
+        pytest.skip(f"set AVALANCHE_FMLORA_DATA to the folder that holds {name}")
+    return path
+
+
+def test_real_photos(cache: Path) -> None:
+    path = real("caltech100_96.zip")
+    info = image_folder(path, image_size=56, cache_dir=cache).info
+    assert info.kind == "class_incremental" and len(info.class_names) == 100
+    assert (sum(info.n_train), sum(info.n_test)) == (2903, 1769)
+    assert image_folder(path, image_size=56, cache_dir=cache).info == info
+
+
+def test_real_emoji(cache: Path) -> None:
+    info = image_folder(real("emoji20_4domains_64.zip"), image_size=56, cache_dir=cache).info
+    assert info.experience_names == ("fluent3d", "noto", "openmoji", "twemoji")
+    assert len(info.class_names) == 20 and info.n_train == (357,) * 4 and info.n_test == (84,) * 4
