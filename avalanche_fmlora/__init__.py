@@ -1,0 +1,51 @@
+"""FM-LoRA and its rivals as Avalanche strategies: pretrained vision transformers that go on learning.
+
+Names are imported when they are first used: `import avalanche_fmlora` itself loads neither torch nor Avalanche.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "FMLoRAStrategy": "strategies.fm_lora",
+    "SeqLoRAStrategy": "strategies.seq_lora",
+    "LinearProbeStrategy": "strategies.linear_probe",
+    "NCMStrategy": "strategies.ncm",
+    "JointStrategy": "strategies.joint",
+    "RankSelectionPlugin": "plugins.rank_selection",
+    "MetaPromptPlugin": "plugins.meta_prompt",
+    "split_glyphs": "data.glyphs",
+    "domain_glyphs": "data.glyphs",
+    "image_folder": "data.image_folder",
+    "glyph_vit": "data.glyph_vit",
+    "load_backbone": "backbones",
+}
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from avalanche_fmlora.backbones import load_backbone as load_backbone
+    from avalanche_fmlora.data.glyph_vit import glyph_vit as glyph_vit
+    from avalanche_fmlora.data.glyphs import domain_glyphs as domain_glyphs
+    from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs
+    from avalanche_fmlora.data.image_folder import image_folder as image_folder
+    from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin
+    from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
+    from avalanche_fmlora.strategies.fm_lora import FMLoRAStrategy as FMLoRAStrategy
+    from avalanche_fmlora.strategies.joint import JointStrategy as JointStrategy
+    from avalanche_fmlora.strategies.linear_probe import LinearProbeStrategy as LinearProbeStrategy
+    from avalanche_fmlora.strategies.ncm import NCMStrategy as NCMStrategy
+    from avalanche_fmlora.strategies.seq_lora import SeqLoRAStrategy as SeqLoRAStrategy
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

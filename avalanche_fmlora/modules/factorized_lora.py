@@ -1,0 +1,301 @@
+"""F-LoRA: updates of frozen linear maps inside one shared low-rank subspace, ``h = W₀x + s · A C B x``.
+
+The bases A, B are shared by all experiences, so the sum of all updates is one RxR core C a map, whatever their number.
+While an experience trains, ``C + M diag(m) Nᵀ`` takes the place of C; `absorb` then writes it into C and drops M, N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avalanche_fmlora.modules import functional
+
+Bases = Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow", "sequential"]
+"""Where A and B come from; ``sequential`` is no shared subspace but a plain LoRA that trains on in every experience."""
+
+
+class FactorizedLinear(nn.Module):
+    """A frozen `nn.Linear` and a low-rank update of some of its output slices.
+
+    Args:
+        base: the map; its weight [D_out, D_in] is frozen and never written to.
+        slices: the (start, stop) of the output rows that are adapted, P of them, of equal size.
+        rank: R.
+        scale: s.
+
+    Attributes:
+        up: A of each slice, shape [P, D_part, R].
+        down: B, shape [P, R, D_in].
+        core: C, shape [P, R, R].
+        left, right: M and N, shape [P, R, R], only while an experience trains.
+        mask: m, shape [R], set from outside; None is all ones.
+    """
+
+    core: Tensor
+    core_before: Tensor | None
+
+    def __init__(self, base: nn.Linear, slices: Sequence[tuple[int, int]], rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        size = slices[0][1] - slices[0][0]
+        limit = min(size, base.in_features)
+        if not 1 <= rank <= limit:
+            raise ValueError(f"Expected a `rank` between 1 and {limit}, the smaller side of the map, but got {rank}.")
+        self.base = base
+        self.slices = tuple(slices)
+        self.rank = rank
+        self.scale = scale
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        parts = len(slices)
+        self.up = nn.Parameter(torch.zeros(parts, size, rank, **like), requires_grad=False)
+        self.down = nn.Parameter(torch.zeros(parts, rank, base.in_features, **like), requires_grad=False)
+        self.register_buffer("core", torch.zeros(parts, rank, rank, **like))
+        self.register_parameter("left", None)
+        self.register_parameter("right", None)
+        self.mask: Tensor | None = None
+        self.use_update = True
+        self.merged_weight: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W₀, or the merged weight after :meth:`merge`: shape [D_out, D_in]."""
+        return self.base.weight if self.merged_weight is None else self.merged_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def effective_core(self) -> Tensor:
+        """C, or C + M diag(m) Nᵀ while an experience trains: shape [P, R, R]."""
+        if not self.use_update:
+            return self.core
+        return functional.update_core(self.core, self.left, self.right, self.mask)
+
+    def delta_weight(self) -> Tensor:
+        """s · A C B in its place, zero elsewhere: shape [D_out, D_in]."""
+        delta = torch.zeros_like(self.base.weight)
+        for (start, stop), part in zip(
+            self.slices, self.scale * self.up @ self.effective_core() @ self.down, strict=True
+        ):
+            delta[start:stop] = part
+        return delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., D_out]."""
+        if self.merged_weight is not None:
+            return F.linear(x, self.merged_weight, self.base.bias)
+        rank_space = F.linear(x, self.down.reshape(-1, self.base.in_features))
+        return self.base(x) + F.linear(rank_space, self._up_projection())
+
+    def _up_projection(self) -> Tensor:
+        """s · A C of all slices as one map from the P·R down-projections to the outputs: shape [D_out, P·R]."""
+        products = self.scale * self.up @ self.effective_core()
+        blocks, end = [], 0
+        for (start, stop), product in zip(self.slices, products, strict=True):
+            if start > end:
+                blocks.append(product.new_zeros(start - end, 0))
+            blocks.append(product)
+            end = stop
+        if end < self.base.out_features:
+            blocks.append(products.new_zeros(self.base.out_features - end, 0))
+        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+
+    @torch.no_grad()
+    def set_bases(self, kind: Bases, generator: torch.Generator | None = None) -> None:
+        """Give A and B their first values; the update stays zero.
+
+        ``pretrained_svd`` and ``random_orthonormal`` are frozen orthonormal bases with C = 0: the leading singular
+        vectors of W₀, or random ones. The other kinds start as a plain LoRA does: A = 0, B random, C = I.
+        """
+        eye = torch.eye(self.rank, device=self.core.device, dtype=self.core.dtype)
+        for p, (start, stop) in enumerate(self.slices):
+            if kind == "pretrained_svd":
+                u, _, vh = torch.linalg.svd(self.base.weight[start:stop].double(), full_matrices=False)
+                self.up[p], self.down[p] = u[:, : self.rank], vh[: self.rank]
+            elif kind == "random_orthonormal":
+                self.up[p] = _orthonormal(stop - start, self.rank, generator)
+                self.down[p] = _orthonormal(self.base.in_features, self.rank, generator).T
+            else:
+                self.up[p] = 0
+                bound = self.base.in_features**-0.5
+                self.down[p] = torch.empty(self.rank, self.base.in_features).uniform_(
+                    -bound, bound, generator=generator
+                )
+                self.core[p] = eye
+
+    @torch.no_grad()
+    def begin_update(self, generator: torch.Generator | None = None) -> None:
+        """Start an experience's update: M orthogonal, N = 0, so it begins at zero with a gradient that is not."""
+        left = torch.stack([_orthonormal(self.rank, self.rank, generator) for _ in self.slices]).to(self.core)
+        self.left = nn.Parameter(left)
+        self.right = nn.Parameter(torch.zeros_like(left))
+
+    @torch.no_grad()
+    def absorb(self, step: float = 1.0) -> None:
+        """C ← C + step · M diag(m) Nᵀ; M and N are dropped. With step 1 no output changes."""
+        if self.left is not None:
+            new = functional.update_core(self.core, self.left, self.right, self.mask)
+            self.core.copy_(functional.slow_step(self.core, new, step))
+            self.left = self.right = None
+        self.mask = None
+
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Make the bases orthonormal and the core diagonal, by the SVD of A C B; no output changes."""
+        for p in range(len(self.slices)):
+            bases = functional.svd_bases(self.up[p].double(), self.down[p].double(), self.core[p].double())
+            self.up[p], self.core[p], self.down[p] = bases
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute with W₀ + s·A C B as one weight. W₀ itself is kept, so :meth:`unmerge` is exact to the bit."""
+        self.merged_weight = self.base.weight + self.delta_weight()
+
+    def unmerge(self) -> None:
+        """Compute with W₀ and the factors again."""
+        self.merged_weight = None
+
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` with the merged weight."""
+        linear = nn.Linear(self.in_features, self.out_features, self.base.bias is not None)
+        linear = linear.to(self.base.weight)
+        with torch.no_grad():
+            linear.weight.copy_(self.base.weight + self.delta_weight())
+            if self.base.bias is not None:
+                linear.bias.copy_(self.base.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, slices={self.slices}, scale={self.scale}"
+
+
+class FactorizedLoRA(nn.Module):
+    """All adapted maps of one model, moved together.
+
+    Args:
+        layers: by name, in the order of the forward pass.
+        bases: where the shared subspace comes from (see :meth:`FactorizedLinear.set_bases`).
+        seed: of every random start.
+
+    Attributes:
+        experiences: how many updates have been absorbed.
+    """
+
+    experiences: Tensor
+
+    def __init__(self, layers: dict[str, FactorizedLinear], bases: Bases = "first_experience", seed: int = 0) -> None:
+        super().__init__()
+        if bases not in get_args(Bases):
+            raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")
+        self._layers = dict(layers)  # the modules belong to the backbone: no second registration here
+        self.bases = bases
+        self._generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("experiences", torch.zeros((), dtype=torch.long))
+        self.active = False
+        for layer in self.layers:
+            layer.set_bases(bases, self._generator)
+
+    @property
+    def layers(self) -> list[FactorizedLinear]:
+        return list(self._layers.values())
+
+    @property
+    def rank(self) -> int:
+        return self.layers[0].rank
+
+    @property
+    def trains_bases(self) -> bool:
+        """Whether the current experience trains A and B themselves."""
+        return self.active and (self.bases in ("slow", "sequential") or self._learns_bases_only)
+
+    @property
+    def _learns_bases_only(self) -> bool:
+        first = int(self.experiences) == 0
+        return self.bases == "sequential" or (first and self.bases in ("first_experience", "slow"))
+
+    @property
+    def trains_core(self) -> bool:
+        """Whether the current experience trains M and N."""
+        return self.active and self.layers[0].left is not None
+
+    def begin(self) -> None:
+        """Open an experience: bases or M, N become trainable. A second call before `absorb` does nothing."""
+        if self.active:
+            return
+        self.active = True
+        for layer in self.layers:
+            if not self._learns_bases_only:
+                layer.begin_update(self._generator)
+            layer.up.requires_grad_(self.trains_bases)
+            layer.down.requires_grad_(self.trains_bases)
+
+    def absorb(self, step: float = 1.0) -> None:
+        """Close the experience: C takes the update (its share `step`), bases that were trained become orthonormal."""
+        if not self.active:
+            return
+        learned = self.trains_bases and self.bases != "sequential"
+        for layer in self.layers:
+            layer.absorb(step)
+            layer.up.requires_grad_(False)
+            layer.down.requires_grad_(False)
+            if learned:
+                layer.rebase()
+        self.experiences += 1
+        self.active = False
+
+    def set_mask(self, masks: Tensor) -> None:
+        """Masks of one choice [1, R] for all layers, or of one choice a layer [layers, R]."""
+        for i, layer in enumerate(self.layers):
+            layer.mask = masks[i if len(masks) > 1 else 0]
+
+    def stability(self) -> Tensor:
+        """Σ over maps of ‖M diag(m) Nᵀ‖²: the squared change of the weights, since the bases are orthonormal."""
+        changes = [layer.effective_core() - layer.core for layer in self.layers]
+        return torch.stack([c.square().sum() for c in changes]).sum()
+
+    def previous_update(self) -> list[Tensor]:
+        """C before the current experience, of every layer."""
+        return [layer.core.detach() for layer in self.layers]
+
+    @contextmanager
+    def before_update(self) -> Iterator[None]:
+        """Inside, the maps are those of before the experience (M Nᵀ left out): the free teacher."""
+        for layer in self.layers:
+            layer.use_update = False
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.use_update = True
+
+    def merge(self) -> None:
+        """Merge every map; see :meth:`FactorizedLinear.merge`."""
+        for layer in self.layers:
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Unmerge every map."""
+        for layer in self.layers:
+            layer.unmerge()
+
+    def stored_parameters(self) -> int:
+        """Numbers kept between experiences: 2·D·R + R² a map, whatever the number of experiences."""
+        return sum(x.up.numel() + x.down.numel() + x.core.numel() for x in self.layers)
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    return (q * torch.sign(torch.diagonal(r))).float() if rows >= columns else q.float()

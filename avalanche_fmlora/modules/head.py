@@ -1,0 +1,145 @@
+"""The classifier: one head that grows with the classes, whose rows of past classes nothing can move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNSEEN_LOGIT = -1e4
+"""Logit of a class that was never trained: finite, so that losses over it stay numbers, also in half precision."""
+
+
+class IncrementalHead(nn.Module):
+    """Linear or cosine classifier over all classes seen so far.
+
+    Only the rows of the current experience's classes are parameters; all others are buffers. A past row therefore takes
+    no gradient, no weight decay and no momentum, and stays what it was to the bit.
+
+    Args:
+        dim: width D of the features.
+        cosine: logits ``scale · cos(f, w_c)`` without a bias, else ``f · w_c + b_c``.
+        scale: of the cosine logits.
+
+    Attributes:
+        rows: shape [C, D], C the largest class index seen so far plus one.
+        bias: shape [C] (zero with `cosine`).
+        seen: bool, shape [C].
+        counts: training samples of each class so far, shape [C].
+        active: the classes in training, in order, shape [A].
+        active_rows, active_bias: their parameters, shapes [A, D] and [A].
+    """
+
+    rows: Tensor
+    bias: Tensor
+    seen: Tensor
+    counts: Tensor
+    active: Tensor
+
+    def __init__(self, dim: int, *, cosine: bool = True, scale: float = 16.0) -> None:
+        super().__init__()
+        self.dim = dim
+        self.cosine = cosine
+        self.scale = scale
+        self.register_buffer("rows", torch.zeros(0, dim))
+        self.register_buffer("bias", torch.zeros(0))
+        self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
+        self.register_buffer("counts", torch.zeros(0))
+        self.register_buffer("active", torch.zeros(0, dtype=torch.long))
+        self.register_parameter("active_rows", None)
+        self.register_parameter("active_bias", None)
+        self.frozen = False
+
+    @property
+    def n_classes(self) -> int:
+        """Width of the logits: the largest class index known, plus one."""
+        return len(self.rows)
+
+    @property
+    def past(self) -> Tensor:
+        """Classes seen that are not in training, shape [P]."""
+        mask = self.seen.clone()
+        mask[self.active] = False
+        return mask.nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def grow(self, classes: Iterable[int]) -> None:
+        """Make room for class indices without saying that they have been seen."""
+        extra = max(classes, default=-1) + 1 - self.n_classes
+        if extra <= 0:
+            return
+        self.rows = F.pad(self.rows, (0, 0, 0, extra))
+        self.bias = F.pad(self.bias, (0, extra))
+        self.seen = F.pad(self.seen, (0, extra))
+        self.counts = F.pad(self.counts, (0, extra))
+
+    @torch.no_grad()
+    def begin(self, classes: Iterable[int], generator: torch.Generator | None = None) -> None:
+        """Open an experience: its classes' rows become parameters; rows never seen start small and random (linear: 0)."""
+        self.close()
+        ordered = sorted(int(c) for c in classes)
+        self.grow(ordered)
+        self.active = torch.tensor(ordered, dtype=torch.long, device=self.rows.device)
+        fresh = self.active[~self.seen[self.active]]
+        if self.cosine and len(fresh):
+            noise = torch.randn(len(fresh), self.dim, generator=generator).to(self.rows)
+            self.rows[fresh] = F.normalize(noise, dim=-1)
+        self.seen[self.active] = True
+        if not self.frozen:
+            self.active_rows = nn.Parameter(self.rows[self.active])
+            self.active_bias = None if self.cosine else nn.Parameter(self.bias[self.active])
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Close the experience: trained rows go back among the others."""
+        if self.active_rows is not None:
+            self.rows[self.active] = self.active_rows.detach()
+        if self.active_bias is not None:
+            self.bias[self.active] = self.active_bias.detach()
+        self.active_rows = self.active_bias = None
+        self.active = self.active[:0]
+
+    @torch.no_grad()
+    def write(self, classes: Tensor, rows: Tensor) -> None:
+        """Set the rows [A, D] of given classes [A], also of those in training."""
+        self.rows[classes] = rows.to(self.rows)
+        if self.active_rows is not None:
+            self.active_rows.copy_(self.rows[self.active])
+
+    def weights(self) -> Tensor:
+        """All rows [C, D], those in training with their gradient."""
+        if self.active_rows is None:
+            return self.rows
+        return self.rows.index_copy(0, self.active, self.active_rows)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`."""
+        weights = self.weights()
+        if self.cosine:
+            logits = self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(weights, dim=-1))
+        else:
+            bias = self.bias
+            if self.active_bias is not None:
+                bias = bias.index_copy(0, self.active, self.active_bias)
+            logits = F.linear(features, weights, bias)
+        return logits.masked_fill(~self.seen, UNSEEN_LOGIT)
+
+    def stored_parameters(self) -> int:
+        """Numbers kept: one row a class seen (and a bias if linear)."""
+        return int(self.seen.sum()) * (self.dim + (0 if self.cosine else 1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
+        for name in ("rows", "bias", "seen", "counts", "active"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != getattr(self, name).shape:
+                setattr(self, name, torch.empty_like(saved, device=self.rows.device))
+        for name in ("active_rows", "active_bias"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is None:
+                setattr(self, name, None)
+            elif own is None or own.shape != saved.shape:
+                setattr(self, name, nn.Parameter(torch.empty_like(saved, device=self.rows.device)))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,203 @@
+"""What every method of this package trains: a frozen ViT, what is added to it, and one growing head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from avalanche_fmlora.modules.factorized_lora import FactorizedLinear, FactorizedLoRA
+from avalanche_fmlora.modules.head import IncrementalHead
+from avalanche_fmlora.modules.prompts import MetaPrompt
+from avalanche_fmlora.modules.rank_selector import RankSelector
+from avalanche_fmlora.modules.vit import forward_features, freeze
+
+
+class ContinualNetwork(nn.Module):
+    """Frozen ViT + optional low-rank updates + optional shared prompt + head.
+
+    A method with other parts subclasses this: `features` is its forward pass, `begin` and `end` open and close an
+    experience, `parameter_groups` says what trains, `extra_loss` adds to the loss.
+
+    Args:
+        vit: frozen here; the user's own object, adapted in place.
+        head: the classifier.
+        lora: the low-rank updates put into `vit`, or None.
+        prompt: tokens at the input, or None.
+
+    Attributes:
+        last_features: of the latest forward pass, [B, D]: for losses on features.
+        selector: the rank selector that a plugin has put here, or None.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        head: IncrementalHead,
+        lora: FactorizedLoRA | None = None,
+        prompt: MetaPrompt | None = None,
+    ) -> None:
+        super().__init__()
+        self.vit = freeze(vit)
+        self.head = head
+        self.lora = lora
+        self.prompt = prompt
+        self.selector: RankSelector | None = None
+        self.last_features: Tensor | None = None
+        self._backbone = frozenset(f"vit.{name}" for name in backbone_parameter_names(vit))
+
+    def train(self, mode: bool = True) -> ContinualNetwork:
+        """The frozen ViT stays in evaluation mode: no dropout, no stochastic depth in features or queries."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D]."""
+        return forward_features(self.vit, images, None if self.prompt is None else self.prompt.prompt)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, C] over the classes known."""
+        self.last_features = self.features(images)
+        return self.head(self.last_features.to(self.head.rows.dtype))
+
+    @torch.no_grad()
+    def features_before(self, images: Tensor) -> Tensor:
+        """Features of the model before the current experience, [B, D]: the free teacher (no copy, one more pass)."""
+        if self.lora is None or self.lora.trains_bases:
+            raise ValueError(
+                "Expected an experience that trains only the core: bases in training can't be taken back without a copy."
+            )
+        with self.lora.before_update():
+            return forward_features(self.vit, images, None if self.prompt is None else self.prompt.anchor)
+
+    def extra_loss(self) -> Tensor | None:
+        """A method's own term, of the latest forward pass; added to the loss while training."""
+        return None
+
+    def begin(self, classes: Iterable[int]) -> None:
+        """Open an experience with these classes: what it trains becomes trainable."""
+        self.head.begin(classes)
+        if self.lora is not None:
+            self.lora.begin()
+        if self.prompt is not None:
+            self.prompt.begin()
+
+    def end(self, core_step: float = 1.0) -> None:
+        """Close the updates of the experience (the head is closed by `head.close`)."""
+        if self.lora is not None:
+            self.lora.absorb(core_step)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What trains now, by the names of the rates: bases, core, rank, prompt, head."""
+        groups: dict[str, list[nn.Parameter]] = {"bases": [], "core": [], "rank": [], "prompt": [], "head": []}
+        for layer in self.lora.layers if self.lora is not None else []:
+            groups["bases"] += [layer.up, layer.down]
+            groups["core"] += [p for p in (layer.left, layer.right) if p is not None]
+        if self.selector is not None:
+            groups["rank"].append(self.selector.delta)
+        if self.prompt is not None:
+            groups["prompt"].append(self.prompt.prompt)
+        groups["head"] += [p for p in (self.head.active_rows, self.head.active_bias) if p is not None]
+        return {name: [p for p in ps if p.requires_grad] for name, ps in groups.items()}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Everything but the backbone's own weights: a state dict."""
+        return {k: v for k, v in self.state_dict().items() if k not in self._backbone}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`adapter_state` gave, into a network of the same configuration.
+
+        Raises:
+            ValueError: if the names differ.
+        """
+        own = {k for k in self.state_dict() if k not in self._backbone and ".active_" not in k}
+        given = {k for k in state if ".active_" not in k}
+        if own != given:
+            raise ValueError(
+                f"Expected the state of a network of the same configuration but {sorted(own ^ given)[:3]} differ: "
+                "build the strategy with the options that it was saved with."
+            )
+        self.load_state_dict(state, strict=False)
+
+    def stored_parameters(self) -> int:
+        """Numbers kept between experiences besides backbone and head."""
+        total = self.lora.stored_parameters() if self.lora is not None else 0
+        return total + (self.prompt.prompt.numel() if self.prompt is not None else 0)
+
+    def trainable_parameters(self) -> int:
+        """Numbers trained in the current experience, the head's rows left out."""
+        groups = self.parameter_groups()
+        return sum(p.numel() for name, ps in groups.items() if name not in ("head", "rank") for p in ps)
+
+
+def backbone_parameter_names(vit: nn.Module) -> list[str]:
+    """Names of a model's own weights and buffers, whether its maps are adapted already or not."""
+    own = ("up", "down", "core", "left", "right")
+    adapted = {f"{n}.{x}" for n, m in vit.named_modules() if isinstance(m, FactorizedLinear) for x in own}
+    return [name for name in vit.state_dict() if name not in adapted]
+
+
+@torch.no_grad()
+def merged_vit(network: ContinualNetwork) -> VisionTransformer:
+    """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
+
+    It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
+    network's own; those of classes never seen are left at what their zero rows give.
+
+    Args:
+        network: with any of low-rank updates and prompt.
+
+    Raises:
+        ValueError: for a distilled DeiT with a prompt: it has no register tokens to hold it.
+    """
+    vit = network.vit
+    merged = copy.deepcopy(vit)
+    for name, layer in vit.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, layer.to_linear())
+    if network.prompt is not None:
+        _prompt_to_registers(merged, network.prompt.prompt)
+    merged.head = _plain_head(network.head)
+    merged.num_classes = network.head.n_classes
+    return merged.requires_grad_(True)
+
+
+def _prompt_to_registers(vit: VisionTransformer, prompt: Tensor) -> None:
+    if not isinstance(getattr(vit, "num_reg_tokens", None), int) or hasattr(vit, "dist_token"):
+        raise ValueError(
+            "Expected a ViT with room for register tokens: a distilled DeiT holds no prompt; use prompt_length=0."
+        )
+    prefix = vit.num_prefix_tokens
+    if vit.pos_embed is not None and not vit.no_embed_class:
+        own = vit.pos_embed[:, :prefix].clone()
+        if vit.cls_token is not None:
+            vit.cls_token = nn.Parameter(vit.cls_token + own[:, :1])
+            own = own[:, 1:]
+        if vit.reg_token is not None:
+            vit.reg_token = nn.Parameter(vit.reg_token + own)
+        vit.pos_embed = nn.Parameter(vit.pos_embed[:, prefix:].clone())
+    vit.no_embed_class = True
+    registers = [prompt[None]] if vit.reg_token is None else [vit.reg_token, prompt[None]]
+    vit.reg_token = nn.Parameter(torch.cat(registers, 1))
+    vit.num_reg_tokens += len(prompt)
+    vit.num_prefix_tokens += len(prompt)
+
+
+def _plain_head(head: IncrementalHead) -> nn.Module:
+    weights = head.weights()
+    linear = nn.Linear(head.dim, head.n_classes, bias=not head.cosine).to(weights)
+    if not head.cosine:
+        linear.weight.copy_(weights)
+        linear.bias.copy_(
+            head.bias if head.active_bias is None else head.bias.index_copy(0, head.active, head.active_bias)
+        )
+        return linear
+    # RMSNorm without weights is f·√D/‖f‖: with rows s·w/(‖w‖√D) behind it the logits are exactly s·cos(f, w).
+    linear.weight.copy_(head.scale * F.normalize(weights, dim=-1) / head.dim**0.5)
+    return nn.Sequential(nn.RMSNorm(head.dim, eps=torch.finfo(weights.dtype).tiny, elementwise_affine=False), linear)

@@ -1,0 +1,205 @@
+"""Any timm `VisionTransformer`, unmodified: prompts at the input, prefixes in attention, low-rank updates of its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.models._manipulate import checkpoint_seq
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
+from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
+
+Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+Prefixes = Mapping[int, tuple[Tensor, Tensor]]
+
+_PATHS = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+def check_vit(model: Any) -> VisionTransformer:
+    """The model, if it is one that can be adapted.
+
+    Raises:
+        ValueError: if it is no timm `VisionTransformer`, has no pooled features, or is adapted already.
+    """
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise ValueError(
+            f"Expected `model` to be a timm VisionTransformer but got {type(model).__module__}.{type(model).__name__}: "
+            "make one with timm.create_model('vit_…' or 'deit_…', num_classes=0)."
+        )
+    if model.attn_pool is None and not model.global_pool:
+        raise ValueError(
+            "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token' or 'avg'."
+        )
+    if any(isinstance(m, FactorizedLinear) for m in model.modules()):
+        raise ValueError(
+            "Expected a model that is not adapted yet but it holds FactorizedLinear maps: pass a fresh timm model, "
+            "or `strategy.merged_model()` to go on from what another strategy learned."
+        )
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No parameter of the model takes a gradient from now on; dropout and stochastic depth are off."""
+    return model.requires_grad_(False).eval()
+
+
+def forward_tokens(
+    vit: VisionTransformer, images: Tensor, prompt: Tensor | None = None, prefixes: Prefixes | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """One pass through patch embedding, blocks and final norm.
+
+    Args:
+        vit: the model; frozen or not.
+        images: shape [B, 3, H, W].
+        prompt: tokens at the input, [L, D] or [B, L, D]; they sit behind class and register tokens and have no position.
+        prefixes: by block index, keys and values [L, D] or [B, L, D] put in front of the block's own (arXiv 2101.00190).
+
+    Returns:
+        The tokens [B, N, D] without the prompt's, and the prompt's outputs [B, L, D] or None.
+    """
+    with _prefixed(vit, prefixes or {}):
+        x = vit.patch_embed(images)
+        x = vit._pos_embed(x)
+        x = vit.patch_drop(x)
+        if prompt is not None:
+            x = insert_tokens(x, prompt, vit.num_prefix_tokens)
+        x = vit.norm_pre(x)
+        x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing and torch.is_grad_enabled() else vit.blocks(x)
+        x = vit.norm(x)
+    if prompt is None:
+        return x, None
+    return remove_tokens(x, prompt.shape[-2], vit.num_prefix_tokens)
+
+
+def forward_features(
+    vit: VisionTransformer, images: Tensor, prompt: Tensor | None = None, prefixes: Prefixes | None = None
+) -> Tensor:
+    """Pooled features [B, D], as the model's own head would get them; arguments as in :func:`forward_tokens`."""
+    tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
+    if prompt_tokens is not None and vit.pool_include_prefix:
+        tokens = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
+    return vit.forward_head(tokens, pre_logits=True)
+
+
+def feature_dim(vit: VisionTransformer) -> int:
+    """Width of the pooled features."""
+    return int(vit.num_features) * (2 if vit.global_pool == "avgmax_cat" else 1)
+
+
+@contextmanager
+def _prefixed(vit: VisionTransformer, prefixes: Prefixes) -> Iterator[None]:
+    """For the length of one pass, the attention of some blocks reads further keys and values."""
+    depth = len(vit.blocks)
+    wrong = [i for i in prefixes if not 0 <= i < depth]
+    if wrong:
+        raise ValueError(
+            f"Expected prefixes for blocks 0..{depth - 1} but got {wrong}: choose other blocks or a deeper ViT."
+        )
+    attentions = [vit.blocks[i].attn for i in prefixes]
+    for attn, prefix in zip(attentions, prefixes.values(), strict=True):
+        attn.forward = partial(prefix_attention, attn, *prefix)
+    try:
+        yield
+    finally:
+        for attn in attentions:
+            del attn.forward
+
+
+def prefix_attention(attn: nn.Module, keys: Tensor, values: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+    """A timm `Attention` whose keys and values begin with given ones, split over the heads as its own are.
+
+    The prefix is not projected, has no position and passes no norm; queries and the residual stream stay as they are.
+
+    Args:
+        attn: the module, whose weights are used.
+        keys: shape [L, D] or [B, L, D].
+        values: as `keys`.
+        x: tokens, shape [B, N, D].
+        kwargs: what timm's block passes on: ``attn_mask`` (None here) and ``is_causal`` (False).
+
+    Returns:
+        Shape [B, N, D].
+    """
+    if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+        raise ValueError("Expected no attention mask beside a prefix: a mask has no columns for the prefix's keys.")
+    batch, tokens, _ = x.shape
+    q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    k, v = (
+        torch.cat([_split_heads(p, batch, attn.num_heads).to(own.dtype), own], 2) for p, own in ((keys, k), (values, v))
+    )
+    drop = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=attn.scale)
+    out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _split_heads(prefix: Tensor, batch: int, heads: int) -> Tensor:
+    if prefix.ndim == 2:
+        prefix = prefix.expand(batch, -1, -1)
+    return prefix.reshape(batch, prefix.shape[1], heads, -1).transpose(1, 2)
+
+
+def adapt_linears(
+    vit: VisionTransformer, targets: Sequence[Target], blocks: Sequence[int] | None, rank: int, scale: float
+) -> dict[str, FactorizedLinear]:
+    """Put a :class:`FactorizedLinear` in the place of each chosen map of the model.
+
+    Args:
+        vit: changed in place: its linear maps become the `base` of the new ones, bit for bit.
+        targets: of q, k, v (parts of ``attn.qkv``), proj, fc1, fc2.
+        blocks: indices; None means all.
+        rank: R.
+        scale: s.
+
+    Returns:
+        The new maps by name, as ``blocks.3.attn.qkv``.
+
+    Raises:
+        ValueError: for unknown targets, blocks that the model does not have, or blocks without such a linear map.
+    """
+    unknown = [t for t in targets if t not in get_args(Target)]
+    if unknown or not targets:
+        raise ValueError(f"Expected `targets` to be among {get_args(Target)} but got {tuple(targets)}.")
+    depth = len(vit.blocks)
+    chosen = range(depth) if blocks is None else blocks
+    if not chosen or any(not 0 <= i < depth for i in chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"Expected `blocks` to be different indices in 0..{depth - 1} but got {tuple(chosen)}.")
+    layers: dict[str, FactorizedLinear] = {}
+    for i in chosen:
+        for path in dict.fromkeys(_PATHS[t] for t in targets):
+            parent_name, _, leaf = f"blocks.{i}.{path}".rpartition(".")
+            linear = _find_linear(vit, f"{parent_name}.{leaf}")
+            slices = [(0, linear.out_features)]
+            if path == "attn.qkv":
+                third = linear.out_features // 3
+                slices = [(j * third, (j + 1) * third) for j, part in enumerate("qkv") if part in targets]
+            layers[f"{parent_name}.{leaf}"] = FactorizedLinear(linear, slices, rank, scale)
+    for name, layer in layers.items():
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(vit.get_submodule(parent_name), leaf, layer)
+    return layers
+
+
+def _find_linear(vit: VisionTransformer, name: str) -> nn.Linear:
+    try:
+        module = vit.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"Expected the model to have a linear map at {name} but found {type(module).__name__}: "
+            "leave that target out, or use a ViT of plain timm blocks."
+        )
+    return module

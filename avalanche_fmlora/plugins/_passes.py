@@ -1,0 +1,32 @@
+"""Passes over an experience's own training images that the plugins share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+
+def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (images, labels) of the current experience, in a fixed order, with the evaluation transform.
+
+    Args:
+        strategy: one of this package's strategies, in training.
+        limit: at most that many samples, evenly spread over the experience; None means all.
+    """
+    dataset = strategy.training_dataset()
+    if limit is not None and len(dataset) > limit:
+        index = torch.linspace(0, len(dataset) - 1, limit).long().tolist()
+        dataset = Subset(dataset, index)
+    for batch in DataLoader(dataset, batch_size=strategy.eval_mb_size, shuffle=False):
+        yield batch[0].to(strategy.device), batch[1].to(strategy.device)
+
+
+@torch.no_grad()
+def training_features(strategy: Any, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features [M, D] (float32) and labels [M] of the current experience under the model as it is."""
+    pairs = [(strategy.features(x).float(), y) for x, y in training_images(strategy, limit)]
+    return torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])

@@ -1,0 +1,127 @@
+"""Opening and closing an experience: absorbed updates, class-mean rows, learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from avalanche_fmlora.modules import functional
+from avalanche_fmlora.plugins._passes import training_features
+
+
+class ExperiencePlugin(SupervisedPlugin):
+    """Closes each experience before any plugin of the user sees its end: absorbs the update, closes the head.
+
+    It stands behind the plugins that decide on the update and in front of the user's own.
+    """
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Absorb with the strategy's step; trained rows join the past."""
+        strategy.model.end(strategy.core_step())
+        strategy.model.head.close()
+
+
+class ClassMeanPlugin(SupervisedPlugin):
+    """Class-mean rows: new classes start as means of their normalised features and are written so again at the end.
+
+    Args:
+        train_rows: whether the rows train in between (no: nearest class mean).
+        transport: move rows of the past along with the drift of the current images' features, where a map fitted on half
+            of them explains some of the drift of the other half.
+        ridge: anchor of that map, in samples.
+
+    Attributes:
+        gains: share of the drift explained on held-out images, one an experience; NaN where there was no past.
+    """
+
+    def __init__(self, *, train_rows: bool = True, transport: bool = False, ridge: float = 10.0) -> None:
+        super().__init__()
+        self.train_rows = train_rows
+        self.transport = transport
+        self.ridge = ridge
+        self.gains: list[float] = []
+        self._before: Tensor | None = None
+        self._rows_before: Tensor | None = None
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """One pass: features before the experience; they set the first rows of its classes."""
+        head = strategy.model.head
+        self._rows_before = head.rows.clone()
+        if not self.train_rows:
+            return
+        features, labels = training_features(strategy)
+        self._before = features if self.transport and bool((head.counts > 0).any()) else None
+        self._write(head, features, labels, self._rows_before, torch.zeros_like(head.counts))
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """One pass: rows of the past are moved, rows of this experience's classes written."""
+        head = strategy.model.head
+        features, labels = training_features(strategy)
+        rows = self._rows_before
+        assert rows is not None, "before_training_exp runs first"
+        if self._before is not None:
+            rows = self._move(head, rows, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
+        counts = torch.zeros_like(head.counts)
+        self._write(head, features, labels, rows, counts)
+        head.counts += counts
+        self._before = self._rows_before = None
+
+    def _move(self, head: Any, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        gain = float(functional.transport_gain(before, after, self.ridge))
+        self.gains.append(gain)
+        past = head.counts > 0
+        if gain <= 0:
+            return rows
+        moved = rows.clone()
+        moved[past] = functional.transport_rows(rows[past], functional.ridge_transport(before, after, self.ridge))
+        head.write(past.nonzero().squeeze(1), moved[past])
+        return moved
+
+    @staticmethod
+    def _write(head: Any, features: Tensor, labels: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """Rows of the classes in `labels`: mean of all samples so far, those of the past standing in as rows · counts."""
+        classes = labels.unique()
+        means, n = functional.class_means(features, labels, classes)
+        past = head.counts[classes][:, None]
+        combined = F.normalize(past * rows[classes] + n[:, None] * means, dim=-1)
+        head.write(classes, combined)
+        counts[classes] = n
+
+
+class SchedulePlugin(SupervisedPlugin):
+    """Half-cosine of all rates over an experience's iterations, from each group's own rate to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rates: list[float] | None = None
+        self._iterations = 0
+        self._iteration = 0
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Take the groups' rates as they are after every other plugin's say; a user's scheduler goes first."""
+        self._rates = None
+        self._iteration = 0
+        self._iterations = strategy.train_epochs * len(strategy.dataloader)
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Set the rate of this iteration."""
+        if strategy.has_scheduler():
+            return
+        groups = strategy.optimizer.param_groups
+        if self._rates is None:
+            self._rates = [group["lr"] for group in groups]
+        factor = 0.5 * (1 + math.cos(math.pi * self._iteration / max(1, self._iterations)))
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._iteration += 1
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Give the groups their own rates back."""
+        if self._rates is not None:
+            for group, rate in zip(strategy.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate

@@ -1,0 +1,303 @@
+"""The frame of every method: an Avalanche `SupervisedTemplate` around a frozen ViT and what is added to it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base import BaseTemplate
+from avalanche.training.utils import _at_task_boundary
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules.head import IncrementalHead
+from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
+from avalanche_fmlora.modules.vit import check_vit, feature_dim
+from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin, ExperiencePlugin, SchedulePlugin
+from avalanche_fmlora.strategies.config import MethodConfig, validate
+from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
+from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ContinualStrategy(SupervisedTemplate):
+    """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
+
+    Args:
+        model: a timm `VisionTransformer`, with or without a head. It is frozen and adapted in place; its own weights are
+            never written to.
+        config: the method's configuration; its fields can be given as keywords of their own instead.
+        optimizer: None for the configured one; a name; a function from parameter groups (with `name` and `lr`) to an
+            optimizer; or an optimizer, which keeps its object and groups while the tensors in it follow what trains.
+        criterion: of (logits [B, C], labels [B]); logits of classes left out of the loss are −∞ there.
+        train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every, peval_mode: as in Avalanche.
+        options: fields of the configuration class, as ``rank=16``.
+
+    Raises:
+        ValueError: for a model that can't be adapted, or an unknown or invalid option.
+    """
+
+    method: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = "–"
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    plugin_options: ClassVar[tuple[str, ...]] = ()
+    joint: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        model: VisionTransformer,
+        config: MethodConfig | None = None,
+        optimizer: OptimizerLike = None,
+        criterion: Any = None,
+        train_mb_size: int = 32,
+        train_epochs: int = 5,
+        eval_mb_size: int = 128,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[BasePlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        eval_every: int = -1,
+        peval_mode: str = "epoch",
+        **options: Any,
+    ) -> None:
+        self._given_plugins = {k: options.pop(k) for k in self.plugin_options if isinstance(options.get(k), BasePlugin)}
+        self.config = self._resolve(config, options)
+        criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        if self.config.loss_classes == "current" and getattr(criterion, "label_smoothing", 0.0):
+            raise ValueError(
+                "Expected a criterion without label smoothing while the loss leaves out classes (their logits are −∞): "
+                "use loss_classes='seen' or label_smoothing=0."
+            )
+        vit = check_vit(model).to(device)
+        self._random = torch.Generator().manual_seed(self.config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            network = self.build_network(vit).to(device)
+        self._passes_optimizer = isinstance(optimizer, torch.optim.Optimizer)
+        super().__init__(
+            model=network,
+            optimizer=make_optimizer(optimizer, self.config, self.rates()),
+            criterion=criterion,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=[*self.build_plugins(), *(plugins or [])],
+            evaluator=evaluator,
+            eval_every=eval_every,
+            peval_mode=peval_mode,
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
+        self._features = torch.compile(network.features) if self.config.compile else network.features
+        self._current: Any = None
+        self.resources: list[dict[str, int]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the configuration's fields in the signature, for help() and completion."""
+        # Not through BaseTemplate's own hook: it refuses every keyword that stands in no signature, so all our options.
+        super(BaseTemplate, cls).__init_subclass__(**kwargs)
+        base = [p for p in inspect.signature(ContinualStrategy.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
+        fields = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.get_default(call_default_factory=True), annotation=f.annotation)
+            for name, f in cls.config_class.model_fields.items()
+            if name != "optimizer"
+        ]  # fmt: skip
+        cls.__signature__ = inspect.Signature([*base[1:], *fields])
+
+    # What a method gives
+
+    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+        """The network of the method around the user's model."""
+        return ContinualNetwork(vit, self.build_head(vit))
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter group, by name."""
+        return {"head": self.config.lr_head}
+
+    def build_plugins(self) -> list[BasePlugin]:
+        """The method's plugins, in order; they run before the user's."""
+        return [ExperiencePlugin(), *self._frame_plugins()]
+
+    def core_step(self) -> float:
+        """Share of the update that is absorbed at the end of the current experience."""
+        return 1.0
+
+    # Shared parts
+
+    def build_head(self, vit: VisionTransformer) -> IncrementalHead:
+        """The configured classifier."""
+        return IncrementalHead(
+            feature_dim(vit), cosine=self.config.classifier != "linear", scale=self.config.logit_scale
+        )
+
+    def _frame_plugins(self) -> list[BasePlugin]:
+        plugins: list[BasePlugin] = []
+        if self.config.classifier == "class_mean":
+            plugins.append(ClassMeanPlugin(transport=self.config.row_transport, ridge=self.config.transport_ridge))
+        if self.config.lr_schedule == "cosine":
+            plugins.append(SchedulePlugin())
+        return plugins
+
+    @classmethod
+    def _resolve(cls, config: MethodConfig | None, options: dict[str, Any]) -> Any:
+        if config is not None and not isinstance(config, cls.config_class):
+            raise ValueError(f"Expected `config` to be a {cls.config_class.__name__} but got {type(config).__name__}.")
+        for name in options:
+            near = difflib.get_close_matches(name, _TEMPLATE_ARGUMENTS, n=1, cutoff=0.8)
+            if name not in cls.config_class.model_fields and near:
+                raise ValueError(f"{cls.__name__} has no argument `{name}`: did you mean `{near[0]}`?")
+        given = {} if config is None else config.model_dump()
+        return validate(cls.config_class, {**given, **options}, cls.method)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 3, H, W] under the model as it is, in the configured precision."""
+        with self._autocast():
+            return self.model.features(images)
+
+    def features_before(self, images: Tensor) -> Tensor:
+        """Features [B, D] of the model before the current experience, float32, without autograd."""
+        with self._autocast():
+            return self.model.features_before(images).float()
+
+    def training_dataset(self) -> Any:
+        """The current experience's training images with the evaluation transform."""
+        return self.experience.dataset.eval()
+
+    def training_classes(self) -> list[int]:
+        """Classes of the current training experience."""
+        return _classes_of(self.experience)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def scale_rate(self, group: str, factor: float) -> None:
+        """Multiply a group's learning rate, for the current experience."""
+        for g in self.optimizer.param_groups:
+            if g.get("name") == group:
+                g["lr"] = g["lr"] * factor
+
+    def has_scheduler(self) -> bool:
+        """Whether the user schedules the rates: by a plugin, or by an optimizer of their own."""
+        return self._passes_optimizer or any(isinstance(p, LRSchedulerPlugin) for p in self.plugins)
+
+    # Avalanche's template
+
+    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+        """Training on a new experience opens it; evaluation only makes room for class indices."""
+        network = self.model if model is None else model
+        classes = self.training_classes() if self.is_training else _classes_of(self.experience)
+        if self.is_training and self.experience is not self._current:
+            self._current = self.experience
+            network.begin(classes)
+        else:
+            network.head.grow(classes)
+        return network.to(self.device)
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Adapt the model, then point the optimizer at what trains now."""
+        assert self.experience is not None
+        if _at_task_boundary(self.experience, before=True):
+            self._current = None
+            self.model = self.model_adaptation()
+            self.make_optimizer()
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Same optimizer, same groups, fresh state, only trainable tensors."""
+        groups = self.model.parameter_groups()
+        refresh_optimizer(self.optimizer, self.model, groups)
+        self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}
+
+    def forward(self) -> Tensor:
+        """Logits of the mini-batch, float32."""
+        with self._autocast():
+            features = self._features(self.mb_x)
+        self.model.last_features = features = features.to(self.model.head.rows.dtype)
+        return self.model.head(features)
+
+    def criterion(self) -> Tensor:
+        """The loss over the classes that take part: the experience's own and those in the batch, or all seen."""
+        logits = self.mb_output
+        if not self.is_training:
+            return self._criterion(logits, self.mb_y)
+        head = self.model.head
+        allowed = head.seen.clone()
+        if self.config.loss_classes == "current":
+            allowed.zero_()
+            allowed[head.active] = True
+            allowed[self.mb_y] = True
+        loss = self._criterion(functional.masked_logits(logits, allowed), self.mb_y)
+        extra = self.model.extra_loss()
+        return loss if extra is None else loss + extra
+
+    def backward(self) -> None:
+        """Scaled in fp16; nothing to do where nothing trains."""
+        if self.loss.requires_grad:
+            self._scaler.scale(self.loss).backward(retain_graph=self.retain_graph)
+
+    def optimizer_step(self) -> None:
+        """Clip if asked, then step."""
+        if not self.loss.requires_grad:
+            return
+        if self.config.clip_grad_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        super()._before_training_exp(**kwargs)
+        trained = sum(p.numel() for ps in self.model.parameter_groups().values() for p in ps)
+        adapter = self.model.trainable_parameters()
+        self.resources.append({"trainable_parameters": adapter, "trainable_with_head": trained})
+
+    # What users do with the result
+
+    def merge(self) -> None:
+        """Compute with merged weights: an inference step costs what the bare ViT's does. :meth:`unmerge` is exact."""
+        if self.model.lora is not None:
+            self.model.lora.merge()
+
+    def unmerge(self) -> None:
+        """Compute with the factors again; needed before training goes on."""
+        if self.model.lora is not None:
+            self.model.lora.unmerge()
+
+    def merged_model(self) -> VisionTransformer:
+        """A plain timm model with updates, prompt and head inside; see :func:`modules.network.merged_vit`."""
+        return merged_vit(self.model)
+
+    def save(self, path: str | Path) -> Path:
+        """Write all that was added to the backbone (safetensors, no pickle); the backbone itself is not in it."""
+        return save_adapter(Path(path), self.model.adapter_state(), self.method, self.config.model_dump(mode="json"))
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
+        self.model.load_adapter_state(load_adapter(Path(path), self.method))
+
+
+# Avalanche has wrapped this class's constructor in the same check; see `__init_subclass__`.
+ContinualStrategy.__init__ = ContinualStrategy.__init__.__wrapped__  # type: ignore[method-assign,attr-defined]
+_TEMPLATE_ARGUMENTS = tuple(
+    name for name, p in inspect.signature(ContinualStrategy.__init__).parameters.items() if p.kind == p.KEYWORD_ONLY
+)
+
+
+def _classes_of(experience: Any) -> list[int]:
+    """Classes of an experience, which Avalanche gives as a list or a set, or, without a class timeline, not at all."""
+    classes = getattr(experience, "classes_in_this_experience", None)
+    if classes is None:
+        classes = set(experience.dataset.targets)
+    return sorted(int(c) for c in classes)

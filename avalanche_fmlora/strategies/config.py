@@ -1,0 +1,97 @@
+"""Configuration that all methods share, and how keyword options become a validated configuration."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Classifier = Literal["linear", "cosine", "class_mean"]
+
+
+class StrictModel(BaseModel):
+    """Frozen, refuses unknown fields, and takes the text under a field as its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MethodConfig(StrictModel):
+    """Options of every method: classifier, optimiser and precision."""
+
+    classifier: Classifier = "linear"
+    """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    logit_scale: float = Field(16.0, gt=0)
+    """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
+    row_transport: bool = False
+    """Move the `class_mean` rows of past classes along with the drift of the current experience's features."""
+    transport_ridge: float = Field(10.0, gt=0)
+    """Strength, in samples, of the anchor that holds the transport at the identity."""
+    loss_classes: Literal["current", "seen"] = "current"
+    """Classes in the training loss: the experience's own (and those of replayed samples), or all seen so far."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimiser, fresh in each experience, if the strategy is not given one."""
+    lr_head: float = Field(5e-3, ge=0)
+    """Learning rate of the classifier's rows."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of everything that trains."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of `sgd`."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of all rates within an experience. Without effect on an optimizer or scheduler that is passed in."""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient of all that trains; none if null."""
+    precision: Precision = "fp32"
+    """Forward passes in this format (bf16, fp16: autocast; parameters stay in float32)."""
+    compile: bool = False
+    """Compile the features' forward pass with torch.compile."""
+    seed: int = 0
+    """Seed of the method's own random starts (bases, rows, Gumbel noise)."""
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def validate(model: type[ConfigT], options: dict[str, Any], where: str) -> ConfigT:
+    """Options -> configuration.
+
+    Args:
+        model: the configuration class.
+        options: field -> value.
+        where: what the options belong to, for the message, as ``"fm_lora"``.
+
+    Raises:
+        ValueError: that names each wrong field, what came, and for an unknown one the nearest that exists.
+    """
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(model, where, e) for e in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], where: str, error: Any) -> str:
+    path = [str(p) for p in error["loc"]]
+    if error["type"] != "extra_forbidden":
+        return f"{where}: `{'.'.join(path)}` = {error['input']!r}: {error['msg']}."
+    fields = list(_fields_at(model, path[:-1]))
+    near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}."
+    return f"{where} has no option `{'.'.join(path)}`: {hint}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = (
+            [a for a in _types_in(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            if field
+            else []
+        )
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    return [annotation, *getattr(annotation, "__args__", ())]

@@ -1,0 +1,166 @@
+"""FM-LoRA (arXiv 2504.08823): updates in one shared low-rank subspace, a rank an experience, one slow prompt.
+
+The paper's: factorised low-rank adaptation in shared bases with RxR task factors, a dynamic rank selector through
+Gumbel-Softmax, one meta-prompt. Ours: every equation, default and training detail, and the class-mean classifier, whose
+rows follow the drift of the features and hold the model by their cosines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from avalanche.core import BasePlugin
+from pydantic import Field
+from timm.models.vision_transformer import VisionTransformer
+
+from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
+from avalanche_fmlora.modules.network import ContinualNetwork
+from avalanche_fmlora.modules.prompts import MetaPrompt
+from avalanche_fmlora.modules.vit import Target, adapt_linears
+from avalanche_fmlora.plugins.factorized_lora import CoreRegularizationPlugin
+from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
+from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
+from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin
+from avalanche_fmlora.strategies.base import ContinualStrategy
+from avalanche_fmlora.strategies.config import Classifier, MethodConfig, StrictModel
+from avalanche_fmlora.strategies.registry import register
+
+
+class RankSelectionConfig(StrictModel):
+    """Options of the dynamic rank selector."""
+
+    candidates: tuple[int, ...] | None = None
+    """Ranks to choose from; null means {R/8, R/4, R/2, R}."""
+    sigma: float = Field(0.25, gt=0)
+    """Width of the prior around the target rank, as a share of R."""
+    kl_weight: float = Field(0.1, ge=0)
+    """Weight of KL(π ‖ prior) in the loss."""
+    tau_start: float = Field(5.0, gt=0)
+    """Gumbel-Softmax temperature at the first iteration."""
+    tau_end: float = Field(0.5, gt=0)
+    """Temperature when the choice is made."""
+    search_share: float = Field(0.4, gt=0, le=1)
+    """Share of an experience's iterations after which its rank is fixed."""
+    per_layer: bool = False
+    """One choice for each adapted map instead of one for all."""
+    max_samples: int = Field(512, ge=2)
+    """Images used to measure complexity and similarity."""
+
+
+class MetaPromptConfig(StrictModel):
+    """Options of the dynamic meta-prompt."""
+
+    rate_share: float = Field(0.1, ge=0)
+    """Share of the prompt's learning rate that is left after the first experience."""
+    anchor_weight: float = Field(0.01, ge=0)
+    """Weight of ‖P − P_{t−1}‖² in the loss."""
+    epsilon: float | None = Field(None, gt=0, le=1)
+    """Reptile step ε; null means 1/t."""
+    fit_share: float = Field(0.25, ge=0, lt=1)
+    """Share of the epochs, at the end, in which the prompt rests."""
+
+
+class FMLoRAConfig(MethodConfig):
+    """Options of FM-LoRA."""
+
+    rank: int = Field(32, ge=1)
+    """Rank R of the shared subspace."""
+    targets: tuple[Target, ...] = ("q", "v")
+    """Adapted maps: q, k, v, proj, fc1, fc2."""
+    blocks: tuple[int, ...] | None = None
+    """Adapted blocks, from 0; null means all."""
+    scale: float = Field(1.0, gt=0)
+    """Scale s of the update s·A C B."""
+    bases: Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"] = "first_experience"
+    """Where the shared bases come from."""
+    core_step: float | Literal["1/t"] = 1.0
+    """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t."""
+    distillation: float = Field(1.0, ge=0)
+    """Weight of the cosines to past rows held by the free teacher; above 0 it costs one more forward pass a step."""
+    stability: float = Field(0.0, ge=0)
+    """Weight λ_core of ‖C_t − C_{t−1}‖²."""
+    rank_selection: RankSelectionConfig | None = RankSelectionConfig()
+    """Dynamic rank selector; null keeps rank R in every experience. A RankSelectionPlugin is taken too."""
+    prompt_length: int = Field(4, ge=0)
+    """Tokens L of the meta-prompt; 0 for none."""
+    meta_prompt: MetaPromptConfig = MetaPromptConfig()
+    """How the meta-prompt moves. A plugin is taken too."""
+    classifier: Classifier = "class_mean"
+    """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    row_transport: bool = True
+    """Move the `class_mean` rows of past classes along with the drift of the current experience's features."""
+    lr_bases: float = Field(1e-3, ge=0)
+    """Learning rate of the bases in the first experience."""
+    slow_share: float = Field(0.01, ge=0)
+    """Share of `lr_bases` that `slow` bases keep after the first experience."""
+    lr_core: float = Field(2e-3, ge=0)
+    """Learning rate of the task factors M, N."""
+    lr_rank: float = Field(0.05, ge=0)
+    """Learning rate of the rank selector's δ."""
+    lr_prompt: float = Field(1e-3, ge=0)
+    """Learning rate of the meta-prompt in the first experience."""
+
+
+@register
+class FMLoRAStrategy(ContinualStrategy):
+    """FM-LoRA for a timm ViT in any Avalanche pipeline; arguments of the frame in :class:`ContinualStrategy`.
+
+    `rank_selection` and `meta_prompt` also take a plugin in the place of a configuration. Stored after any number of
+    experiences: bases, one core a map, one prompt, and one row a class.
+
+    >>> import timm
+    >>> vit = timm.create_model("test_vit", num_classes=0)
+    >>> strategy = FMLoRAStrategy(model=vit, rank=8, prompt_length=0, evaluator=None)
+    >>> strategy.model.stored_parameters()
+    12672
+    """
+
+    method: ClassVar[str] = "fm_lora"
+    summary: ClassVar[str] = "shared low-rank bases, one core, dynamic rank, meta-prompt"
+    paper: ClassVar[str] = "arXiv 2504.08823"
+    config_class = FMLoRAConfig
+    plugin_options = ("rank_selection", "meta_prompt")
+    config: FMLoRAConfig
+
+    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+        """Low-rank updates in the chosen maps, a prompt at the input."""
+        config, head = self.config, self.build_head(vit)
+        layers = adapt_linears(vit, config.targets, config.blocks, config.rank, config.scale)
+        prompt = MetaPrompt(config.prompt_length, vit.embed_dim) if config.prompt_length else None
+        return ContinualNetwork(vit, head, FactorizedLoRA(layers, config.bases, config.seed), prompt)
+
+    def rates(self) -> dict[str, float]:
+        """Rates of bases, core, rank selector, prompt and head."""
+        c = self.config
+        return {"bases": c.lr_bases, "core": c.lr_core, "rank": c.lr_rank, "prompt": c.lr_prompt, "head": c.lr_head}
+
+    def build_plugins(self) -> list[BasePlugin]:
+        """Rank selector and prompt decide; then the experience is closed; then rows are written."""
+        return [*self._deciding_plugins(), ExperiencePlugin(), *self._frame_plugins()]
+
+    def _deciding_plugins(self) -> list[BasePlugin]:
+        config, plugins = self.config, list[Any]()
+        if "rank_selection" in self._given_plugins:
+            plugins.append(self._given_plugins["rank_selection"])
+        elif config.rank_selection is not None:
+            plugins.append(RankSelectionPlugin(**dict(config.rank_selection), seed=config.seed))
+        if "meta_prompt" in self._given_plugins:
+            plugins.append(self._given_plugins["meta_prompt"])
+        elif config.prompt_length:
+            plugins.append(MetaPromptPlugin(**dict(config.meta_prompt)))
+        if config.distillation or config.stability:
+            plugins.append(CoreRegularizationPlugin(distillation=config.distillation, stability=config.stability))
+        return plugins
+
+    def core_step(self) -> float:
+        """α: the whole of the first update, which made the bases; then `core_step` or 1/t."""
+        done = int(self.model.lora.experiences)
+        if done == 0:
+            return 1.0
+        return 1 / (done + 1) if self.config.core_step == "1/t" else float(self.config.core_step)
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """As the frame's; `slow` bases keep a share of their rate after the first experience."""
+        super().make_optimizer(**kwargs)
+        if self.config.bases == "slow" and int(self.model.lora.experiences):
+            self.scale_rate("bases", self.config.slow_share)

@@ -1,0 +1,57 @@
+"""Joint training: all experiences at once with a LoRA. The upper bound of a table, not a continual learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from avalanche.benchmarks.utils.utils import concat_datasets
+from pydantic import Field
+
+from avalanche_fmlora.strategies.base import _classes_of
+from avalanche_fmlora.strategies.registry import register
+from avalanche_fmlora.strategies.seq_lora import SeqLoRAConfig, SeqLoRAStrategy
+
+
+class JointConfig(SeqLoRAConfig):
+    """Options of joint training: those of sequential LoRA, with a rank and rate that suit one long training."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the LoRA."""
+    lr_lora: float = Field(1e-3, ge=0)
+    """Learning rate of A and B."""
+
+
+@register
+class JointStrategy(SeqLoRAStrategy):
+    """Trains once, on the whole stream: ``strategy.train(benchmark.train_stream)``."""
+
+    method: ClassVar[str] = "joint"
+    summary: ClassVar[str] = "LoRA on all experiences at once (upper bound)"
+    config_class = JointConfig
+    joint: ClassVar[bool] = True
+    config: JointConfig
+    _experiences: list[Any]
+
+    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
+        """Train on all experiences as one.
+
+        Raises:
+            ValueError: when called a second time.
+        """
+        if getattr(self, "_experiences", None):
+            raise ValueError("Joint training sees all data at once: call `train` once, with the whole stream.")
+        self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
+        return super().train(self._experiences[0], eval_streams, **kwargs)
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """All training sets, one behind the other."""
+        self.adapted_dataset = concat_datasets([e.dataset for e in self._experiences]).train()
+
+    def training_dataset(self) -> Any:
+        """All training images with the evaluation transform."""
+        return concat_datasets([e.dataset for e in self._experiences]).eval()
+
+    def training_classes(self) -> list[int]:
+        """All classes."""
+        return sorted({c for e in self._experiences for c in _classes_of(e)})

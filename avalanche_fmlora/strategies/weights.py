@@ -1,0 +1,54 @@
+"""What a strategy has added to its backbone, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+_FORMAT = "avalanche_fmlora adapter 1"
+
+
+def save_adapter(path: Path, state: dict[str, Tensor], method: str, config: dict[str, Any]) -> Path:
+    """Write tensors with the method's name and configuration beside them; the file appears whole or not at all."""
+    metadata = {"format": _FORMAT, "method": method, "config": json.dumps(config, sort_keys=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file({k: v.detach().contiguous() for k, v in state.items()}, name, metadata)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
+
+
+def load_adapter(path: Path, method: str) -> dict[str, Tensor]:
+    """Read the tensors of :func:`save_adapter`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is torn, another program's, or another method's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter file {path}: `strategy.save(path)` writes one.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): save it again.") from None
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} was not written by `strategy.save`: it has format {metadata.get('format')!r}.")
+    if metadata["method"] != method:
+        raise ValueError(
+            f"{path} holds a {metadata['method']} adapter but this strategy is {method}: use that strategy."
+        )
+    return state
