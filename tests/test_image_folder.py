@@ -84,8 +84,10 @@ def test_class_incremental_folder(tmp_path: Path, build: Any) -> None:
     benchmark = build(write(tmp_path / "pets", class_files()), n_experiences=2, **UNIT)
     info = benchmark.info
     assert (info.name, info.kind, info.n_train, info.n_test) == ("pets", "class_incremental", (4, 4), (4, 4))
-    assert info.class_names == ("c0", "c1", "c2", "c3") and info.image_size == 8
-    assert info.extra["source"] == "pets" and info.extra["n_files"] == 16
+    assert info.class_names == ("c0", "c1", "c2", "c3")
+    assert info.image_size == 8
+    assert info.extra["source"] == "pets"
+    assert info.extra["n_files"] == 16
     assert info.extra["resize"] == "shorter side to 8 px (bicubic, antialiased), centre crop"
     second = benchmark.train_stream[1]
     assert [raw(second, i) for i in range(4)] == [([40, 0, 0], 2), ([40, 0, 1], 2), ([60, 0, 0], 3), ([60, 0, 1], 3)]
@@ -94,7 +96,8 @@ def test_class_incremental_folder(tmp_path: Path, build: Any) -> None:
 def test_class_order_moves_pixels_with_labels(tmp_path: Path, build: Any) -> None:
     benchmark = build(write(tmp_path / "pets", class_files()), n_experiences=4, class_order_seed=3, **UNIT)
     order = benchmark.info.class_order
-    assert sorted(order) == [0, 1, 2, 3] and order != (0, 1, 2, 3)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert order != (0, 1, 2, 3)
     for t, original in enumerate(order):
         assert raw(benchmark.test_stream[t], 0) == ([20 * original, 0, 0], t)
 
@@ -129,7 +132,8 @@ def test_domain_incremental(tmp_path: Path, build: Any) -> None:
     benchmark = build(pack(tmp_path / "art.zip", {f"art/{k}": v for k, v in files.items()}), **UNIT)
     assert benchmark.info.kind == "domain_incremental"
     assert benchmark.info.experience_names == ("ink", "oil", "wax")
-    assert benchmark.info.n_train == (4, 4, 5) and benchmark.info.n_test == (4, 4, 4)
+    assert benchmark.info.n_train == (4, 4, 5)
+    assert benchmark.info.n_test == (4, 4, 4)
     assert raw(benchmark.train_stream[2], 2) == ([1, 2, 3], 0)
     assert len(build(tmp_path / "art.zip", n_experiences=3).train_stream) == 3
     with pytest.raises(ValueError, match=r"number of domains of 'art.zip', 3 \('ink', 'oil', 'wax'\), but got 10"):
@@ -264,7 +268,8 @@ def test_links_in_a_folder(tmp_path: Path, build: Any) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_formats(kind: str) -> None:
     pixels = decode_image(encoded(kind=kind), 4)
-    assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (4, 4, 3)
+    assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - [200, 100, 50]).max() <= 4
 
 
@@ -377,7 +382,8 @@ def test_a_zip_keeps_its_cache_when_it_moves(tmp_path: Path, build: Any, monkeyp
     path = pack(tmp_path / "pets.zip", class_files())
     first = build(path, n_experiences=2).info
     second = build(path.rename(tmp_path / "moved.zip"), n_experiences=2).info
-    assert len(calls) == 1 and first.split_hash == second.split_hash
+    assert len(calls) == 1
+    assert first.split_hash == second.split_hash
     pack(tmp_path / "moved.zip", class_files() | {"train/c0/0.png": encoded((9, 9, 9))})
     assert build(tmp_path / "moved.zip", n_experiences=2).info.split_hash != first.split_hash
     assert len(calls) == 2
@@ -414,7 +420,8 @@ def test_torn_or_foreign_cache_is_built_again(
         caplog.clear()
         damage()
         assert build(path, n_experiences=2).info.split_hash == want
-        assert len(calls) == n and "torn or foreign" in caplog.text
+        assert len(calls) == n
+        assert "torn or foreign" in caplog.text
     facts.unlink()
     assert build(path, n_experiences=2).info.split_hash == want
     assert len(calls) == len(damages) + 2
@@ -435,7 +442,8 @@ def test_unwritable_cache_works_in_memory(
     monkeypatch.setattr(os, "fsync", full)
     caplog.clear()
     assert build(path, n_experiences=2, cache_dir=tmp_path / "full").info.split_hash == want
-    assert "No space left" in caplog.text and list((tmp_path / "full").iterdir()) == []
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_builders_at_once_agree(tmp_path: Path) -> None:
@@ -475,7 +483,8 @@ def test_augment_touches_train_images_only(tmp_path: Path, build: Any) -> None:
         assert benchmark.info.extra["augment"] == augment
     cropped = build(path, n_experiences=1, augment="crop_flip", **UNIT).train_stream[0].dataset
     means = {round(float(cropped[i][0].mean()), 3) for i in range(32)}
-    assert cropped[0][0].shape == (3, 8, 8) and len(means) > 2
+    assert cropped[0][0].shape == (3, 8, 8)
+    assert len(means) > 2
 
 
 def test_options_are_checked(tmp_path: Path, build: Any) -> None:
@@ -499,7 +508,8 @@ def real(name: str) -> Path:
 def test_real_photos(cache: Path) -> None:
     path = real("caltech100_96.zip")
     info = image_folder(path, image_size=56, cache_dir=cache).info
-    assert info.kind == "class_incremental" and len(info.class_names) == 100
+    assert info.kind == "class_incremental"
+    assert len(info.class_names) == 100
     assert (sum(info.n_train), sum(info.n_test)) == (2903, 1769)
     assert image_folder(path, image_size=56, cache_dir=cache).info == info
 
@@ -507,4 +517,6 @@ def test_real_photos(cache: Path) -> None:
 def test_real_emoji(cache: Path) -> None:
     info = image_folder(real("emoji20_4domains_64.zip"), image_size=56, cache_dir=cache).info
     assert info.experience_names == ("fluent3d", "noto", "openmoji", "twemoji")
-    assert len(info.class_names) == 20 and info.n_train == (357,) * 4 and info.n_test == (84,) * 4
+    assert len(info.class_names) == 20
+    assert info.n_train == (357,) * 4
+    assert info.n_test == (84,) * 4

@@ -23,10 +23,8 @@ LAYOUTS = (
     "and `<domain>/test/<class>/<image>` (domain-incremental), as a folder or a .zip"
 )
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
-)
+_SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm tga jp2 avif"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 SPLITS = ("train", "test")
 
 _SKIPPED_NAMES = {"__macosx", "thumbs.db", "desktop.ini"}
