@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ class FactorizedLinear(nn.Module):
     """
 
     core: Tensor
-    core_before: Tensor | None
+    left: nn.Parameter | None
+    right: nn.Parameter | None
 
     def __init__(self, base: nn.Linear, slices: Sequence[tuple[int, int]], rank: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class FactorizedLinear(nn.Module):
         self.slices = tuple(slices)
         self.rank = rank
         self.scale = scale
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         parts = len(slices)
         self.up = nn.Parameter(torch.zeros(parts, size, rank, **like), requires_grad=False)
         self.down = nn.Parameter(torch.zeros(parts, rank, base.in_features, **like), requires_grad=False)

@@ -77,7 +77,7 @@ class IncrementalHead(nn.Module):
 
     @torch.no_grad()
     def begin(self, classes: Iterable[int], generator: torch.Generator | None = None) -> None:
-        """Open an experience: its classes' rows become parameters; rows never seen start small and random (linear: 0)."""
+        """Open an experience: its classes' rows become parameters; new rows start random (cosine) or at zero."""
         self.close()
         ordered = sorted(int(c) for c in classes)
         self.grow(ordered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class ContinualNetwork(nn.Module):
         """Features of the model before the current experience, [B, D]: the free teacher (no copy, one more pass)."""
         if self.lora is None or self.lora.trains_bases:
             raise ValueError(
-                "Expected an experience that trains only the core: bases in training can't be taken back without a copy."
+                "Expected an experience that trains only the core: bases in training are not kept: use distillation=0."
             )
         with self.lora.before_update():
             return forward_features(self.vit, images, None if self.prompt is None else self.prompt.anchor)
@@ -168,7 +169,7 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
     return merged.requires_grad_(True)
 
 
-def _prompt_to_registers(vit: VisionTransformer, prompt: Tensor) -> None:
+def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
     if not isinstance(getattr(vit, "num_reg_tokens", None), int) or hasattr(vit, "dist_token"):
         raise ValueError(
             "Expected a ViT with room for register tokens: a distilled DeiT holds no prompt; use prompt_length=0."

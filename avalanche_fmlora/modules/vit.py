@@ -1,4 +1,4 @@
-"""Any timm `VisionTransformer`, unmodified: prompts at the input, prefixes in attention, low-rank updates of its maps."""
+"""Any timm `VisionTransformer`, unmodified: prompts at the input, prefixes in attention, low-rank updates of maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_vit(model: Any) -> VisionTransformer:
         )
     if model.attn_pool is None and not model.global_pool:
         raise ValueError(
-            "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token' or 'avg'."
+            "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token'."
         )
     if any(isinstance(m, FactorizedLinear) for m in model.modules()):
         raise ValueError(
@@ -59,8 +59,8 @@ def forward_tokens(
     Args:
         vit: the model; frozen or not.
         images: shape [B, 3, H, W].
-        prompt: tokens at the input, [L, D] or [B, L, D]; they sit behind class and register tokens and have no position.
-        prefixes: by block index, keys and values [L, D] or [B, L, D] put in front of the block's own (arXiv 2101.00190).
+        prompt: tokens at the input, [L, D] or [B, L, D], behind class and register tokens, without a position.
+        prefixes: by block index, keys and values [L, D] or [B, L, D] in front of the block's own (arXiv 2101.00190).
 
     Returns:
         The tokens [B, N, D] without the prompt's, and the prompt's outputs [B, L, D] or None.
@@ -86,7 +86,8 @@ def forward_features(
     tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
     if prompt_tokens is not None and vit.pool_include_prefix:
         tokens = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
-    return vit.forward_head(tokens, pre_logits=True)
+    features: Tensor = vit.forward_head(tokens, pre_logits=True)
+    return features
 
 
 def feature_dim(vit: VisionTransformer) -> int:
@@ -113,7 +114,7 @@ def _prefixed(vit: VisionTransformer, prefixes: Prefixes) -> Iterator[None]:
             del attn.forward
 
 
-def prefix_attention(attn: nn.Module, keys: Tensor, values: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+def prefix_attention(attn: Any, keys: Tensor, values: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
     """A timm `Attention` whose keys and values begin with given ones, split over the heads as its own are.
 
     The prefix is not projected, has no position and passes no norm; queries and the residual stream stay as they are.

@@ -15,7 +15,7 @@ class CoreRegularizationPlugin(SupervisedPlugin):
 
     Args:
         distillation: weight of the squared change of the cosines to past rows on the current images. The teacher is the
-            model without M Nᵀ: one more forward pass, without autograd. Nothing to do while bases train or nothing is past.
+            model without M Nᵀ: one more forward pass, without autograd. Silent while bases train or nothing is past.
         stability: λ_core of ‖C_t − C_{t−1}‖², summed over the adapted maps.
     """
 

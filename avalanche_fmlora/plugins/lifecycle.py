@@ -31,8 +31,8 @@ class ClassMeanPlugin(SupervisedPlugin):
 
     Args:
         train_rows: whether the rows train in between (no: nearest class mean).
-        transport: move rows of the past along with the drift of the current images' features, where a map fitted on half
-            of them explains some of the drift of the other half.
+        transport: move rows of the past along with the drift of the current images' features, where a map fitted on
+            half of them explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
 
     Attributes:
@@ -84,7 +84,7 @@ class ClassMeanPlugin(SupervisedPlugin):
 
     @staticmethod
     def _write(head: Any, features: Tensor, labels: Tensor, rows: Tensor, counts: Tensor) -> None:
-        """Rows of the classes in `labels`: mean of all samples so far, those of the past standing in as rows · counts."""
+        """Rows of the classes in `labels`: means of all samples so far, those of the past standing in as rows · n."""
         classes = labels.unique()
         means, n = functional.class_means(features, labels, classes)
         past = head.counts[classes][:, None]

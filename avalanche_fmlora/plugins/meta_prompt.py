@@ -11,7 +11,7 @@ class MetaPromptPlugin(SupervisedPlugin):
     """Dynamic meta-prompt for a strategy whose model has a shared prompt (arXiv 2504.08823; update rule ours).
 
     After the first experience the prompt's rate is a share of what it was, an anchor holds it, and before the last
-    quarter of the epochs a Reptile step P ← P_{t−1} + ε(P − P_{t−1}) is taken, so that the head is fitted to the final P.
+    quarter of the epochs a Reptile step P ← P_{t−1} + ε(P − P_{t−1}) is taken, so that the head fits the final P.
 
     Args:
         rate_share: of the prompt's learning rate after the first experience.

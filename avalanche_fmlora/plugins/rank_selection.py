@@ -33,8 +33,8 @@ class RankSelectionPlugin(SupervisedPlugin):
         seed: of the Gumbel noise.
 
     Attributes:
-        history: one dict an experience: experience, complexity, similarity, target, rank (the mean over layers, rounded,
-            if they differ), ranks_per_layer.
+        history: one dict an experience: experience, complexity, similarity, target, rank (the mean over layers,
+            rounded, if they differ), ranks_per_layer.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class RankSelectionPlugin(SupervisedPlugin):
         lora = getattr(strategy.model, "lora", None)
         if lora is None:
             raise ValueError(
-                "RankSelectionPlugin expects a strategy whose model has low-rank updates (`model.lora`), as FMLoRAStrategy: "
-                "leave the plugin out, or use such a strategy."
+                "RankSelectionPlugin expects a strategy whose model has low-rank updates (`model.lora`), as "
+                "FMLoRAStrategy: leave the plugin out, or use such a strategy."
             )
         if strategy.model.selector is None:
             groups = len(lora.layers) if self.per_layer else 1
@@ -124,7 +124,7 @@ class RankSelectionPlugin(SupervisedPlugin):
         self._searching = False
 
     def _similarity(self, strategy: Any, features: Tensor, labels: Tensor) -> float:
-        """Cosine of the descent direction at the start and the core so far; rows are class means, so no head is needed."""
+        """Cosine of the descent direction at the start and the core so far; class means stand in for the head."""
         classes = labels.unique()
         means, _ = functional.class_means(features, labels, classes)
         rows, slot = F.normalize(means, dim=-1), {int(c): i for i, c in enumerate(classes)}

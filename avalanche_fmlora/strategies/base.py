@@ -34,8 +34,8 @@ class ContinualStrategy(SupervisedTemplate):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
-        model: a timm `VisionTransformer`, with or without a head. It is frozen and adapted in place; its own weights are
-            never written to.
+        model: a timm `VisionTransformer`, with or without a head. It is frozen and adapted in place; its own weights
+            are never written to.
         config: the method's configuration; its fields can be given as keywords of their own instead.
         optimizer: None for the configured one; a name; a function from parameter groups (with `name` and `lr`) to an
             optimizer; or an optimizer, which keeps its object and groups while the tensors in it follow what trains.
@@ -53,6 +53,7 @@ class ContinualStrategy(SupervisedTemplate):
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     plugin_options: ClassVar[tuple[str, ...]] = ()
     joint: ClassVar[bool] = False
+    model: ContinualNetwork
 
     def __init__(
         self,
@@ -109,10 +110,10 @@ class ContinualStrategy(SupervisedTemplate):
         super(BaseTemplate, cls).__init_subclass__(**kwargs)
         base = [p for p in inspect.signature(ContinualStrategy.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
         fields = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.get_default(call_default_factory=True), annotation=f.annotation)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.annotation)
             for name, f in cls.config_class.model_fields.items()
             if name != "optimizer"
-        ]  # fmt: skip
+        ]
         cls.__signature__ = inspect.Signature([*base[1:], *fields])
 
     # What a method gives
@@ -194,7 +195,7 @@ class ContinualStrategy(SupervisedTemplate):
 
     # Avalanche's template
 
-    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+    def model_adaptation(self, model: ContinualNetwork | None = None) -> ContinualNetwork:
         """Training on a new experience opens it; evaluation only makes room for class indices."""
         network = self.model if model is None else model
         classes = self.training_classes() if self.is_training else _classes_of(self.experience)

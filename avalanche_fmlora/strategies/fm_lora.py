@@ -154,7 +154,7 @@ class FMLoRAStrategy(ContinualStrategy):
 
     def core_step(self) -> float:
         """α: the whole of the first update, which made the bases; then `core_step` or 1/t."""
-        done = int(self.model.lora.experiences)
+        done = self._experiences_absorbed()
         if done == 0:
             return 1.0
         return 1 / (done + 1) if self.config.core_step == "1/t" else float(self.config.core_step)
@@ -162,5 +162,9 @@ class FMLoRAStrategy(ContinualStrategy):
     def make_optimizer(self, **kwargs: Any) -> None:
         """As the frame's; `slow` bases keep a share of their rate after the first experience."""
         super().make_optimizer(**kwargs)
-        if self.config.bases == "slow" and int(self.model.lora.experiences):
+        if self.config.bases == "slow" and self._experiences_absorbed():
             self.scale_rate("bases", self.config.slow_share)
+
+    def _experiences_absorbed(self) -> int:
+        assert self.model.lora is not None, "build_network makes one"
+        return int(self.model.lora.experiences)

@@ -40,8 +40,8 @@ def make_optimizer(choice: OptimizerLike, config: MethodConfig, rates: Mapping[s
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     raise ValueError(
-        f"Expected `optimizer` to be 'adam', 'adamw', 'sgd', a torch optimizer, or a function that takes parameter groups, "
-        f"but got {choice!r}."
+        "Expected `optimizer` to be 'adam', 'adamw', 'sgd', a torch optimizer, or a function that takes parameter "
+        f"groups, but got {choice!r}."
     )
 
 

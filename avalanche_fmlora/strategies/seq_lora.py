@@ -1,4 +1,4 @@
-"""One LoRA (arXiv 2106.09685) that trains on from experience to experience: the plain way, strong if its rate is tuned."""
+"""One LoRA (arXiv 2106.09685) that trains on from experience to experience: strong if its rate is tuned."""
 
 from __future__ import annotations
 
