@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ class BackboneConfig(BaseModel):
     """Of each channel, divided by; None is the one the weights were trained with."""
     normalize: Literal["weights", "unit"] = "weights"
     """`weights`: mean and std of the weights, or those given; `unit`: input in [0, 1], as in most published runs."""
+
+    @field_validator("weights")
+    @classmethod
+    def _home(cls, weights: Path | None) -> Path | None:
+        return None if weights is None else weights.expanduser()
 
     @model_validator(mode="after")
     def _agree(self) -> BackboneConfig:

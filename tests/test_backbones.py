@@ -309,6 +309,7 @@ def test_configuration_describes_itself_and_round_trips() -> None:
     assert all(f.description for f in fields.values())
     config = BackboneConfig(name="test_vit", weights="a/b.pth", model_args={"depth": 2})
     assert BackboneConfig(**config.model_dump(mode="json")) == config
+    assert BackboneConfig(name="test_vit", weights="~/w.pth").weights == Path.home() / "w.pth"
     with pytest.raises(ValidationError, match="frozen"):
         config.name = "x"  # type: ignore[misc]
 
