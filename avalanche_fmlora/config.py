@@ -1,0 +1,149 @@
+"""What a run is: benchmark, backbone, method, training and seeds, from YAML and flags, validated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from avalanche_fmlora.backbones import BackboneConfig
+from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
+from avalanche_fmlora.strategies.registry import method as method_class
+
+DATA_ROOT_VARIABLE = "AVALANCHE_FMLORA_DATA"
+
+
+class BenchmarkConfig(StrictModel):
+    """Which data, and how they are divided into experiences."""
+
+    name: Literal["split_glyphs", "domain_glyphs", "image_folder"] = "split_glyphs"
+    """`split_glyphs` and `domain_glyphs` are embedded; `image_folder` takes your own images from `path`."""
+    path: Path | None = None
+    """Folder or zip of `image_folder`; a relative path is looked for here, then below the data root."""
+    n_experiences: int | None = Field(None, ge=1)
+    """Number of experiences of a class-incremental benchmark; null means 10."""
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+    """Random changes of the training images of `image_folder`."""
+
+
+class TrainingConfig(StrictModel):
+    """Length and batches of training."""
+
+    epochs: int = Field(5, ge=1)
+    """Epochs an experience."""
+    batch_size: int = Field(32, ge=1)
+    """Training images a step."""
+    eval_batch_size: int = Field(128, ge=1)
+    """Images a step of evaluation."""
+    joint_epochs: int | None = Field(None, ge=1)
+    """Epochs of joint training; null means `epochs`."""
+
+
+class RunConfig(StrictModel):
+    """Everything that determines the result of one run."""
+
+    method: str = "fm_lora"
+    """Name of the method; `fmlora list` shows them."""
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the method; `fmlora list METHOD` shows them."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """The data."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The frozen ViT."""
+    training: TrainingConfig = TrainingConfig()
+    """Epochs and batches."""
+    seed: int = 0
+    """Seed of initial values and batches."""
+    class_order_seed: int | None = 0
+    """Seed of the order of classes (or domains); null keeps the data's own."""
+    label: str | None = None
+    """Name of the row in tables; it does not change the run."""
+
+    def resolved_method(self) -> MethodConfig:
+        """The method's whole configuration; its seed is the run's unless it is given.
+
+        Raises:
+            ValueError: for an unknown method or option.
+        """
+        strategy = method_class(self.method)
+        return validate(strategy.config_class, {"seed": self.seed, **self.method_options}, self.method)
+
+    def identity(self) -> dict[str, Any]:
+        """What a record keeps of this configuration, and is named by: all defaults filled in, no folder of this machine."""
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain["method_options"] = self.resolved_method().model_dump(mode="json")
+        for part, key in (("benchmark", "path"), ("backbone", "weights")):
+            if plain[part][key] is not None:
+                plain[part][key] = Path(plain[part][key]).name
+        if method_class(self.method).joint:
+            plain["training"]["epochs"] = plain["training"]["joint_epochs"] or plain["training"]["epochs"]
+        return plain
+
+
+def make_run(options: dict[str, Any]) -> RunConfig:
+    """Nested options -> a configuration whose method options are checked too.
+
+    Raises:
+        ValueError: that names each wrong field and the nearest right one.
+    """
+    config = validate(RunConfig, options, "the configuration")
+    config.resolved_method()
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no YAML mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}.")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"Expected {path} to hold `field: value` lines but got {type(options).__name__}.")
+    return options
+
+
+def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a nested option, ``training.epochs`` say; a name without a dot that no part of a run has is the method's.
+
+    >>> options = {}
+    >>> set_option(options, "training.epochs", 3); set_option(options, "rank", 8); options
+    {'training': {'epochs': 3}, 'method_options': {'rank': 8}}
+    """
+    keys = dotted.replace("-", "_").split(".")
+    if keys[0] not in RunConfig.model_fields:
+        keys = ["method_options", *keys]
+    for key in keys[:-1]:
+        inner = options.get(key)
+        if not isinstance(inner, dict):
+            inner = options[key] = {}
+        options = inner
+    options[keys[-1]] = value
+
+
+def find_data(path: Path, data_root: Path | None) -> Path:
+    """A relative path as it is, or below the data root (an argument, or the environment variable).
+
+    Raises:
+        FileNotFoundError: that names each place looked at.
+    """
+    root = data_root or (Path(os.environ[DATA_ROOT_VARIABLE]) if os.environ.get(DATA_ROOT_VARIABLE) else None)
+    places = [path.expanduser()]
+    if root is not None and not path.is_absolute():
+        places.append(root.expanduser() / path)
+    for place in places:
+        if place.exists():
+            return place
+    looked = " nor ".join(str(p) for p in places)
+    raise FileNotFoundError(
+        f"There is no {looked}: give a full path, or the folder that holds it by --data-root or {DATA_ROOT_VARIABLE}."
+    )

@@ -1,0 +1,270 @@
+"""One configuration -> one run -> one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avalanche_fmlora.backbones import Backbone, load_backbone
+from avalanche_fmlora.config import RunConfig, find_data
+from avalanche_fmlora.metrics import summarize
+from avalanche_fmlora.results.record import Record, blank_record, environment
+from avalanche_fmlora.strategies.base import ContinualStrategy
+from avalanche_fmlora.strategies.registry import method as method_class
+
+logger = logging.getLogger(__name__)
+
+
+def make_backbone(config: RunConfig, data_root: Path | None = None) -> Backbone:
+    """Load the backbone of a configuration."""
+    backbone = config.backbone
+    if backbone.weights is not None:
+        backbone = backbone.model_copy(update={"weights": find_data(backbone.weights, data_root)})
+    return load_backbone(backbone)
+
+
+def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None = None) -> Any:
+    """The Avalanche benchmark of a configuration, at the backbone's image size, mean and std.
+
+    Raises:
+        ValueError: if options and benchmark do not fit.
+    """
+    from avalanche_fmlora.data.glyphs import domain_glyphs, split_glyphs
+    from avalanche_fmlora.data.image_folder import image_folder
+
+    data = config.benchmark
+    common: dict[str, Any] = {
+        "class_order_seed": config.class_order_seed,
+        "image_size": backbone.image_size,
+        "mean": backbone.mean,
+        "std": backbone.std,
+    }
+    if data.name == "image_folder":
+        if data.path is None:
+            raise ValueError("benchmark `image_folder` needs `benchmark.path`: a folder or zip of images.")
+        path = find_data(data.path, data_root)
+        return image_folder(path, n_experiences=data.n_experiences, augment=data.augment, **common)
+    if data.path is not None or data.augment != "none":
+        raise ValueError(f"benchmark `{data.name}` takes no `path` and no `augment`: its images are drawn.")
+    if data.name == "domain_glyphs":
+        if data.n_experiences is not None:
+            raise ValueError("benchmark `domain_glyphs` has one experience a style: leave `n_experiences` out.")
+        return domain_glyphs(**common)
+    return split_glyphs(n_experiences=data.n_experiences or 10, **common)
+
+
+def run(config: RunConfig, *, device: str = "cpu", threads: int = 1, data_root: Path | None = None) -> Record:
+    """Train and evaluate once.
+
+    Args:
+        config: what determines the result.
+        device: where to compute.
+        threads: CPU threads of torch.
+        data_root: folder of relative data paths.
+
+    Returns:
+        A finished record; nothing is written.
+    """
+    torch.set_num_threads(threads)
+    started = _now()
+    record = blank_record(config.identity())
+    record["environment"] = environment(device, threads)
+    backbone = make_backbone(config, data_root)
+    benchmark = make_benchmark(config, backbone, data_root)
+    torch.manual_seed(config.seed)
+    strategy = _make_strategy(config, backbone, device)
+    logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
+    with _peak_memory(device) as peak, _forward_passes(strategy.model.vit) as passes:
+        loop = _Loop(strategy, benchmark, passes)
+        loop.joint() if strategy.joint else loop.continual()
+    record["benchmark"] = dataclasses.asdict(benchmark.info)  # type: ignore[typeddict-item]
+    record["backbone"] = {
+        "tag": backbone.tag,
+        "sha256": backbone.sha256,
+        "image_size": backbone.image_size,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+    }
+    record["accuracy_matrix"] = loop.matrix
+    record["metrics"] = summarize(loop.matrix, benchmark.info.n_test)  # type: ignore[typeddict-item]
+    record["experiences"] = loop.experiences  # type: ignore[typeddict-item]
+    record["cost"] = {  # type: ignore[typeddict-item]
+        **loop.cost(),
+        "peak_memory_bytes": peak[0],
+        "gmacs_per_image": _gmacs(strategy, backbone.image_size),
+    }
+    record["status"], record["error"] = "finished", None
+    record["started_at"], record["finished_at"] = started, _now()
+    return record
+
+
+def _make_strategy(config: RunConfig, backbone: Backbone, device: str) -> ContinualStrategy:
+    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    cls = method_class(config.method)
+    epochs = (config.training.joint_epochs or config.training.epochs) if cls.joint else config.training.epochs
+    return cls(
+        model=backbone.model,
+        config=config.resolved_method(),
+        train_mb_size=config.training.batch_size,
+        train_epochs=epochs,
+        eval_mb_size=config.training.eval_batch_size,
+        device=device,
+        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]),
+    )
+
+
+class _Loop:
+    """Trains over the stream, evaluates on what has been seen, collects the rows of the record."""
+
+    def __init__(self, strategy: ContinualStrategy, benchmark: Any, passes: list[int]) -> None:
+        self.strategy = strategy
+        self.benchmark = benchmark
+        self.passes = passes
+        self.matrix: list[list[float | None]] = []
+        self.experiences: list[dict[str, Any]] = []
+        self.trained_images = self.tested_images = 0
+        self.train_passes = self.test_passes = 0
+
+    def continual(self) -> None:
+        """R[t, i] for i ≤ t."""
+        for t, experience in enumerate(self.benchmark.train_stream):
+            train_s = self._train(experience, len(experience.dataset))
+            self._evaluate(t, train_s, range(t + 1))
+
+    def joint(self) -> None:
+        """Only the last row of R is known."""
+        count = len(self.benchmark.train_stream)
+        total = sum(len(e.dataset) for e in self.benchmark.train_stream)
+        train_s = self._train(self.benchmark.train_stream, total)
+        self.matrix = [[None] * count for _ in range(count - 1)]
+        self._evaluate(count - 1, train_s, range(count))
+
+    def _train(self, experiences: Any, images: int) -> float:
+        start, before = time.perf_counter(), self.passes[0]
+        self.strategy.train(experiences)
+        self.trained_images += images * max(1, self.strategy.train_epochs)
+        self.train_passes += self.passes[0] - before
+        return time.perf_counter() - start
+
+    def _evaluate(self, t: int, train_s: float, seen: range) -> None:
+        start, before = time.perf_counter(), self.passes[0]
+        stream = [self.benchmark.test_stream[i] for i in seen]
+        results = self.strategy.eval(stream)
+        row: list[float | None] = [None] * len(self.benchmark.test_stream)
+        for name, value in results.items():
+            found = re.fullmatch(r"Top1_Acc_Exp/eval_phase/test_stream(?:/Task\d+)?/Exp(\d+)", name)
+            if found and int(found[1]) in seen:
+                row[int(found[1])] = float(value)
+        self.matrix.append(row)
+        self.tested_images += sum(len(e.dataset) for e in stream)
+        self.test_passes += self.passes[0] - before
+        known = [a for a in row if a is not None]
+        eval_s = time.perf_counter() - start
+        self.experiences.append(self._experience_row(t, train_s, eval_s))
+        logger.info("  experience %d: accuracy %.3f (%.0f s)", t, sum(known) / len(known), train_s + eval_s)
+
+    def _experience_row(self, t: int, train_s: float, eval_s: float) -> dict[str, Any]:
+        model = self.strategy.model
+        history = next((p.history for p in self.strategy.plugins if hasattr(p, "history") and p.history), [])
+        chosen = history[-1] if history else {}
+        return {
+            "experience": t,
+            "name": self.benchmark.info.experience_names[t] if not self.strategy.joint else "all",
+            "rank": chosen.get("rank", model.lora.rank if model.lora is not None else None),
+            "ranks_per_layer": chosen.get("ranks_per_layer"),
+            "complexity": chosen.get("complexity"),
+            "similarity": chosen.get("similarity"),
+            "trainable_parameters": self.strategy.resources[-1]["trainable_parameters"],
+            "stored_parameters": model.stored_parameters(),
+            "head_parameters": model.head.stored_parameters(),
+            "train_s": train_s,
+            "eval_s": eval_s,
+        }
+
+    def cost(self) -> dict[str, float]:
+        """Seconds, and forward passes of an image: in training (of all passes, those between epochs too) and at test."""
+        train_s = sum(e["train_s"] for e in self.experiences)
+        return {
+            "train_s": train_s,
+            "eval_s": sum(e["eval_s"] for e in self.experiences),
+            "train_images_per_s": self.trained_images / train_s,
+            "test_forward_passes": self.test_passes / self.tested_images,
+            "train_forward_passes": self.train_passes / self.trained_images,
+        }
+
+
+@contextmanager
+def _forward_passes(vit: nn.Module) -> Iterator[list[int]]:
+    """Counts images through the patch embedding."""
+    count = [0]
+    handle = vit.patch_embed.register_forward_hook(lambda module, args, out: count.__setitem__(0, count[0] + len(args[0])))
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _peak_memory(device: str) -> Iterator[list[int]]:
+    """Peak memory in bytes: of the device's tensors on CUDA, else of the whole process."""
+    peak = [0]
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device)
+        return
+    try:  # Linux: start counting anew, so that runs in one process do not inherit each other's peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        logger.debug("The peak of this process's memory can't be reset here.")
+    yield peak
+    peak[0] = _process_peak_bytes()
+
+
+def _process_peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@torch.no_grad()
+def _gmacs(strategy: ContinualStrategy, image_size: int) -> float:
+    """Multiply-accumulates of one test image, merged where the method can merge, in 1e9."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    strategy.model.eval()
+    strategy.merge()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            strategy.model(torch.zeros(1, 3, image_size, image_size, device=strategy.device))
+    finally:
+        strategy.unmerge()
+    return float(counter.get_total_flops()) / 2e9
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def available_threads() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
