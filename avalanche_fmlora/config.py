@@ -38,8 +38,6 @@ class TrainingConfig(StrictModel):
     """Training images a step."""
     eval_batch_size: int = Field(128, ge=1)
     """Images a step of evaluation."""
-    joint_epochs: int | None = Field(None, ge=1)
-    """Epochs of joint training; null means `epochs`."""
 
 
 class RunConfig(StrictModel):
@@ -72,14 +70,12 @@ class RunConfig(StrictModel):
         return validate(strategy.config_class, {"seed": self.seed, **self.method_options}, self.method)
 
     def identity(self) -> dict[str, Any]:
-        """What a record keeps of this configuration, and is named by: all defaults filled in, no folder of this machine."""
+        """What a record keeps of this configuration, and is named by: all defaults filled in, paths without folders."""
         plain: dict[str, Any] = self.model_dump(mode="json")
         plain["method_options"] = self.resolved_method().model_dump(mode="json")
         for part, key in (("benchmark", "path"), ("backbone", "weights")):
             if plain[part][key] is not None:
                 plain[part][key] = Path(plain[part][key]).name
-        if method_class(self.method).joint:
-            plain["training"]["epochs"] = plain["training"]["joint_epochs"] or plain["training"]["epochs"]
         return plain
 
 

@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from avalanche_fmlora.backbones import Backbone, load_backbone
 from avalanche_fmlora.config import RunConfig, find_data
 from avalanche_fmlora.metrics import summarize
-from avalanche_fmlora.results.record import Record, blank_record, environment
+from avalanche_fmlora.plugins.progress import ProgressPlugin
+from avalanche_fmlora.results.record import Cost, Metrics, Record, blank_record, environment
+from avalanche_fmlora.results.record import Experience as ExperienceRow
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.registry import method as method_class
 
@@ -42,9 +43,6 @@ def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None
     Raises:
         ValueError: if options and benchmark do not fit.
     """
-    from avalanche_fmlora.data.glyphs import domain_glyphs, split_glyphs
-    from avalanche_fmlora.data.image_folder import image_folder
-
     data = config.benchmark
     common: dict[str, Any] = {
         "class_order_seed": config.class_order_seed,
@@ -53,12 +51,16 @@ def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None
         "std": backbone.std,
     }
     if data.name == "image_folder":
+        from avalanche_fmlora.data.image_folder import image_folder
+
         if data.path is None:
             raise ValueError("benchmark `image_folder` needs `benchmark.path`: a folder or zip of images.")
         path = find_data(data.path, data_root)
         return image_folder(path, n_experiences=data.n_experiences, augment=data.augment, **common)
     if data.path is not None or data.augment != "none":
         raise ValueError(f"benchmark `{data.name}` takes no `path` and no `augment`: its images are drawn.")
+    from avalanche_fmlora.data.glyphs import domain_glyphs, split_glyphs
+
     if data.name == "domain_glyphs":
         if data.n_experiences is not None:
             raise ValueError("benchmark `domain_glyphs` has one experience a style: leave `n_experiences` out.")
@@ -66,7 +68,14 @@ def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None
     return split_glyphs(n_experiences=data.n_experiences or 10, **common)
 
 
-def run(config: RunConfig, *, device: str = "cpu", threads: int = 1, data_root: Path | None = None) -> Record:
+def run(
+    config: RunConfig,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    data_root: Path | None = None,
+    progress: bool = False,
+) -> Record:
     """Train and evaluate once.
 
     Args:
@@ -74,6 +83,7 @@ def run(config: RunConfig, *, device: str = "cpu", threads: int = 1, data_root: 
         device: where to compute.
         threads: CPU threads of torch.
         data_root: folder of relative data paths.
+        progress: show a bar for each experience, on a terminal.
 
     Returns:
         A finished record; nothing is written.
@@ -86,6 +96,8 @@ def run(config: RunConfig, *, device: str = "cpu", threads: int = 1, data_root: 
     benchmark = make_benchmark(config, backbone, data_root)
     torch.manual_seed(config.seed)
     strategy = _make_strategy(config, backbone, device)
+    if progress:
+        strategy.plugins.append(ProgressPlugin())
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
     with _peak_memory(device) as peak, _forward_passes(strategy.model.vit) as passes:
         loop = _Loop(strategy, benchmark, passes)
@@ -99,13 +111,10 @@ def run(config: RunConfig, *, device: str = "cpu", threads: int = 1, data_root: 
         "std": list(backbone.std),
     }
     record["accuracy_matrix"] = loop.matrix
-    record["metrics"] = summarize(loop.matrix, benchmark.info.n_test)  # type: ignore[typeddict-item]
-    record["experiences"] = loop.experiences  # type: ignore[typeddict-item]
-    record["cost"] = {  # type: ignore[typeddict-item]
-        **loop.cost(),
-        "peak_memory_bytes": peak[0],
-        "gmacs_per_image": _gmacs(strategy, backbone.image_size),
-    }
+    record["metrics"] = cast(Metrics, summarize(loop.matrix, benchmark.info.n_test))
+    record["experiences"] = cast(list[ExperienceRow], loop.experiences)
+    gmacs = _gmacs(strategy, backbone.image_size)
+    record["cost"] = cast(Cost, {**loop.cost(), "peak_memory_bytes": peak[0], "gmacs_per_image": gmacs})
     record["status"], record["error"] = "finished", None
     record["started_at"], record["finished_at"] = started, _now()
     return record
@@ -116,12 +125,11 @@ def _make_strategy(config: RunConfig, backbone: Backbone, device: str) -> Contin
     from avalanche.training.plugins import EvaluationPlugin
 
     cls = method_class(config.method)
-    epochs = (config.training.joint_epochs or config.training.epochs) if cls.joint else config.training.epochs
     return cls(
         model=backbone.model,
         config=config.resolved_method(),
         train_mb_size=config.training.batch_size,
-        train_epochs=epochs,
+        train_epochs=config.training.epochs,
         eval_mb_size=config.training.eval_batch_size,
         device=device,
         evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]),
@@ -180,7 +188,9 @@ class _Loop:
 
     def _experience_row(self, t: int, train_s: float, eval_s: float) -> dict[str, Any]:
         model = self.strategy.model
-        history = next((p.history for p in self.strategy.plugins if hasattr(p, "history") and p.history), [])
+        history: list[dict[str, Any]] = next(
+            (p.history for p in self.strategy.plugins if hasattr(p, "history") and p.history), []
+        )
         chosen = history[-1] if history else {}
         return {
             "experience": t,
@@ -197,7 +207,7 @@ class _Loop:
         }
 
     def cost(self) -> dict[str, float]:
-        """Seconds, and forward passes of an image: in training (of all passes, those between epochs too) and at test."""
+        """Seconds, and forward passes of an image, in training (passes between epochs counted) and at test."""
         train_s = sum(e["train_s"] for e in self.experiences)
         return {
             "train_s": train_s,
@@ -209,10 +219,12 @@ class _Loop:
 
 
 @contextmanager
-def _forward_passes(vit: nn.Module) -> Iterator[list[int]]:
+def _forward_passes(vit: Any) -> Iterator[list[int]]:
     """Counts images through the patch embedding."""
     count = [0]
-    handle = vit.patch_embed.register_forward_hook(lambda module, args, out: count.__setitem__(0, count[0] + len(args[0])))
+    handle = vit.patch_embed.register_forward_hook(
+        lambda module, args, out: count.__setitem__(0, count[0] + len(args[0]))
+    )
     try:
         yield count
     finally:

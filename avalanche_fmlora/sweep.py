@@ -70,12 +70,14 @@ def sweep(
     return [done[key] for key in unique]
 
 
-def run_and_write(config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None) -> Record:
+def run_and_write(
+    config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None, progress: bool = False
+) -> Record:
     """Run once and write the record; a breakdown becomes a failed record with its error."""
     from avalanche_fmlora.experiment import run
 
     try:
-        record = run(config, device=device, threads=threads, data_root=data_root)
+        record = run(config, device=device, threads=threads, data_root=data_root, progress=progress)
     except Exception as error:
         logger.debug("%s", traceback.format_exc())
         record = blank_record(config.identity())

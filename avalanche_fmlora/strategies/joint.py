@@ -20,6 +20,8 @@ class JointConfig(SeqLoRAConfig):
     """Rank of the LoRA."""
     lr_lora: float = Field(1e-3, ge=0)
     """Learning rate of A and B."""
+    epochs: int | None = Field(None, ge=1)
+    """Epochs over all data; null means as many as a continual method has for each experience."""
 
 
 @register
@@ -31,7 +33,11 @@ class JointStrategy(SeqLoRAStrategy):
     config_class = JointConfig
     joint: ClassVar[bool] = True
     config: JointConfig
-    _experiences: list[Any]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._experiences: list[Any] = []
+        self.train_epochs = self.config.epochs or self.train_epochs
 
     def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
         """Train on all experiences as one.
@@ -39,7 +45,7 @@ class JointStrategy(SeqLoRAStrategy):
         Raises:
             ValueError: when called a second time.
         """
-        if getattr(self, "_experiences", None):
+        if self._experiences:
             raise ValueError("Joint training sees all data at once: call `train` once, with the whole stream.")
         self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
         return super().train(self._experiences[0], eval_streams, **kwargs)
