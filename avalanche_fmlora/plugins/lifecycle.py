@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +94,16 @@ class ClassMeanPlugin(SupervisedPlugin):
 
 
 class SchedulePlugin(SupervisedPlugin):
-    """Half-cosine of all rates over an experience's iterations, from each group's own rate to zero."""
+    """Course of all rates within an experience, from each group's own rate.
 
-    def __init__(self) -> None:
+    Args:
+        kind: `cosine`, a half-cosine over the iterations that ends at zero, or `coda`, cos(99πe/200(E−1)) in epoch e of
+            E (CODA-Prompt, arXiv 2211.13218: the last epoch's rate is 1.6 % of the first's).
+    """
+
+    def __init__(self, kind: Literal["cosine", "coda"] = "cosine") -> None:
         super().__init__()
+        self.kind = kind
         self._rates: list[float] | None = None
         self._iterations = 0
         self._iteration = 0
@@ -115,7 +121,11 @@ class SchedulePlugin(SupervisedPlugin):
         groups = strategy.optimizer.param_groups
         if self._rates is None:
             self._rates = [group["lr"] for group in groups]
-        factor = 0.5 * (1 + math.cos(math.pi * self._iteration / max(1, self._iterations)))
+        if self.kind == "coda":
+            epoch, epochs = strategy.clock.train_exp_epochs, strategy.train_epochs
+            factor = math.cos(99 * math.pi * epoch / (200 * max(1, epochs - 1)))
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * self._iteration / max(1, self._iterations)))
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._iteration += 1

@@ -146,8 +146,8 @@ class ContinualStrategy(SupervisedTemplate):
         plugins: list[BasePlugin] = []
         if self.config.classifier == "class_mean":
             plugins.append(ClassMeanPlugin(transport=self.config.row_transport, ridge=self.config.transport_ridge))
-        if self.config.lr_schedule == "cosine":
-            plugins.append(SchedulePlugin())
+        if self.config.lr_schedule != "constant":
+            plugins.append(SchedulePlugin(self.config.lr_schedule))
         return plugins
 
     @classmethod

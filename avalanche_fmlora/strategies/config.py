@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Classifier = Literal["linear", "cosine", "class_mean"]
+Schedule = Literal["cosine", "constant", "coda"]
 
 
 class StrictModel(BaseModel):
@@ -38,8 +39,9 @@ class MethodConfig(StrictModel):
     """Weight decay of everything that trains."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of `sgd`."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of all rates within an experience. Without effect on an optimizer or scheduler that is passed in."""
+    lr_schedule: Schedule = "cosine"
+    """Course of all rates within an experience: half-cosine to zero, constant, or CODA-Prompt's by epoch.
+    Without effect on an optimizer or scheduler that is passed in."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient of all that trains; none if null."""
     precision: Precision = "fp32"
