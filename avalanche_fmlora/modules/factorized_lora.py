@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 
 Bases = Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow", "sequential"]
 """Where A and B come from; ``sequential`` is no shared subspace but a plain LoRA that trains on in every experience."""
 
 
-class FactorizedLinear(nn.Module):
+class FactorizedLinear(AdaptedLinear):
     """A frozen `nn.Linear` and a low-rank update of some of its output slices.
 
     Args:
@@ -42,42 +42,17 @@ class FactorizedLinear(nn.Module):
     right: nn.Parameter | None
 
     def __init__(self, base: nn.Linear, slices: Sequence[tuple[int, int]], rank: int, scale: float = 1.0) -> None:
-        super().__init__()
-        size = slices[0][1] - slices[0][0]
-        limit = min(size, base.in_features)
-        if not 1 <= rank <= limit:
-            raise ValueError(f"Expected a `rank` between 1 and {limit}, the smaller side of the map, but got {rank}.")
-        self.base = base
-        self.slices = tuple(slices)
-        self.rank = rank
+        super().__init__(base, slices, rank)
         self.scale = scale
         like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         parts = len(slices)
-        self.up = nn.Parameter(torch.zeros(parts, size, rank, **like), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(parts, self.part_features, rank, **like), requires_grad=False)
         self.down = nn.Parameter(torch.zeros(parts, rank, base.in_features, **like), requires_grad=False)
         self.register_buffer("core", torch.zeros(parts, rank, rank, **like))
         self.register_parameter("left", None)
         self.register_parameter("right", None)
         self.mask: Tensor | None = None
         self.use_update = True
-        self.merged_weight: Tensor | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        """W₀, or the merged weight after :meth:`merge`: shape [D_out, D_in]."""
-        return self.base.weight if self.merged_weight is None else self.merged_weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def effective_core(self) -> Tensor:
         """C, or C + M diag(m) Nᵀ while an experience trains: shape [P, R, R]."""
@@ -85,34 +60,13 @@ class FactorizedLinear(nn.Module):
             return self.core
         return functional.update_core(self.core, self.left, self.right, self.mask)
 
-    def delta_weight(self) -> Tensor:
-        """s · A C B in its place, zero elsewhere: shape [D_out, D_in]."""
-        delta = torch.zeros_like(self.base.weight)
-        for (start, stop), part in zip(
-            self.slices, self.scale * self.up @ self.effective_core() @ self.down, strict=True
-        ):
-            delta[start:stop] = part
-        return delta
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D_in] -> [..., D_out]."""
-        if self.merged_weight is not None:
-            return F.linear(x, self.merged_weight, self.base.bias)
-        rank_space = F.linear(x, self.down.reshape(-1, self.base.in_features))
-        return self.base(x) + F.linear(rank_space, self._up_projection())
-
-    def _up_projection(self) -> Tensor:
+    def up_projection(self) -> Tensor:
         """s · A C of all slices as one map from the P·R down-projections to the outputs: shape [D_out, P·R]."""
-        products = self.scale * self.up @ self.effective_core()
-        blocks, end = [], 0
-        for (start, stop), product in zip(self.slices, products, strict=True):
-            if start > end:
-                blocks.append(product.new_zeros(start - end, 0))
-            blocks.append(product)
-            end = stop
-        if end < self.base.out_features:
-            blocks.append(products.new_zeros(self.base.out_features - end, 0))
-        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+        return self.place(self.scale * self.up @ self.effective_core())
+
+    def down_projection(self) -> Tensor:
+        """B of all slices: shape [P·R, D_in]."""
+        return self.down.reshape(-1, self.base.in_features)
 
     @torch.no_grad()
     def set_bases(self, kind: Bases, generator: torch.Generator | None = None) -> None:
@@ -160,62 +114,27 @@ class FactorizedLinear(nn.Module):
             bases = functional.svd_bases(self.up[p].double(), self.down[p].double(), self.core[p].double())
             self.up[p], self.core[p], self.down[p] = bases
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Compute with W₀ + s·A C B as one weight. W₀ itself is kept, so :meth:`unmerge` is exact to the bit."""
-        self.merged_weight = self.base.weight + self.delta_weight()
-
-    def unmerge(self) -> None:
-        """Compute with W₀ and the factors again."""
-        self.merged_weight = None
-
-    def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` with the merged weight."""
-        linear = nn.Linear(self.in_features, self.out_features, self.base.bias is not None)
-        linear = linear.to(self.base.weight)
-        with torch.no_grad():
-            linear.weight.copy_(self.base.weight + self.delta_weight())
-            if self.base.bias is not None:
-                linear.bias.copy_(self.base.bias)
-        return linear
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, slices={self.slices}, scale={self.scale}"
 
 
-class FactorizedLoRA(nn.Module):
+class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
     """All adapted maps of one model, moved together.
 
     Args:
         layers: by name, in the order of the forward pass.
         bases: where the shared subspace comes from (see :meth:`FactorizedLinear.set_bases`).
         seed: of every random start.
-
-    Attributes:
-        experiences: how many updates have been absorbed.
     """
 
-    experiences: Tensor
-
     def __init__(self, layers: dict[str, FactorizedLinear], bases: Bases = "first_experience", seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(layers)
         if bases not in get_args(Bases):
             raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")
-        self._layers = dict(layers)  # the modules belong to the backbone: no second registration here
         self.bases = bases
         self._generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("experiences", torch.zeros((), dtype=torch.long))
-        self.active = False
         for layer in self.layers:
             layer.set_bases(bases, self._generator)
-
-    @property
-    def layers(self) -> list[FactorizedLinear]:
-        return list(self._layers.values())
-
-    @property
-    def rank(self) -> int:
-        return self.layers[0].rank
 
     @property
     def trains_bases(self) -> bool:
@@ -282,15 +201,10 @@ class FactorizedLoRA(nn.Module):
             for layer in self.layers:
                 layer.use_update = True
 
-    def merge(self) -> None:
-        """Merge every map; see :meth:`FactorizedLinear.merge`."""
-        for layer in self.layers:
-            layer.merge()
-
-    def unmerge(self) -> None:
-        """Unmerge every map."""
-        for layer in self.layers:
-            layer.unmerge()
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """A and B are `bases`; M and N are `core`."""
+        cores = [p for x in self.layers for p in (x.left, x.right) if p is not None]
+        return {"bases": [p for x in self.layers for p in (x.up, x.down)], "core": cores}
 
     def stored_parameters(self) -> int:
         """Numbers kept between experiences: 2·D·R + R² a map, whatever the number of experiences."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avalanche_fmlora.modules.factorized_lora import FactorizedLinear, FactorizedLoRA
+from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
@@ -39,7 +39,7 @@ class ContinualNetwork(nn.Module):
         self,
         vit: VisionTransformer,
         head: IncrementalHead,
-        lora: FactorizedLoRA | None = None,
+        lora: AdaptedMaps | None = None,
         prompt: MetaPrompt | None = None,
     ) -> None:
         super().__init__()
@@ -94,11 +94,9 @@ class ContinualNetwork(nn.Module):
             self.lora.absorb(core_step)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What trains now, by the names of the rates: bases, core, rank, prompt, head."""
-        groups: dict[str, list[nn.Parameter]] = {"bases": [], "core": [], "rank": [], "prompt": [], "head": []}
-        for layer in self.lora.layers if self.lora is not None else []:
-            groups["bases"] += [layer.up, layer.down]
-            groups["core"] += [p for p in (layer.left, layer.right) if p is not None]
+        """What trains now, by the names of the rates: those of the updates, then rank, prompt, head."""
+        groups: dict[str, list[nn.Parameter]] = {} if self.lora is None else self.lora.parameter_groups()
+        groups |= {"rank": [], "prompt": [], "head": []}
         if self.selector is not None:
             groups["rank"].append(self.selector.delta)
         if self.prompt is not None:
@@ -130,6 +128,10 @@ class ContinualNetwork(nn.Module):
         total = self.lora.stored_parameters() if self.lora is not None else 0
         return total + (self.prompt.prompt.numel() if self.prompt is not None else 0)
 
+    def stored_statistics(self) -> int:
+        """Numbers kept between experiences for training only (feature bases, say); prediction does not read them."""
+        return self.lora.stored_statistics() if self.lora is not None else 0
+
     def trainable_parameters(self) -> int:
         """Numbers trained in the current experience, the head's rows left out."""
         groups = self.parameter_groups()
@@ -138,9 +140,12 @@ class ContinualNetwork(nn.Module):
 
 def backbone_parameter_names(vit: nn.Module) -> list[str]:
     """Names of a model's own weights and buffers, whether its maps are adapted already or not."""
-    own = ("up", "down", "core", "left", "right")
-    adapted = {f"{n}.{x}" for n, m in vit.named_modules() if isinstance(m, FactorizedLinear) for x in own}
-    return [name for name in vit.state_dict() if name not in adapted]
+    adapted = [f"{name}." for name, module in vit.named_modules() if isinstance(module, AdaptedLinear)]
+    return [
+        name
+        for name in vit.state_dict()
+        if not any(name.startswith(map_) and not name.startswith(f"{map_}base.") for map_ in adapted)
+    ]
 
 
 @torch.no_grad()
@@ -159,7 +164,7 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
     vit = network.vit
     merged = copy.deepcopy(vit)
     for name, layer in vit.named_modules():
-        if isinstance(layer, FactorizedLinear):
+        if isinstance(layer, AdaptedLinear):
             parent, _, leaf = name.rpartition(".")
             setattr(merged.get_submodule(parent), leaf, layer.to_linear())
     if network.prompt is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, LinearT
 from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
 from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
@@ -38,9 +39,10 @@ def check_vit(model: Any) -> VisionTransformer:
         raise ValueError(
             "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token'."
         )
-    if any(isinstance(m, FactorizedLinear) for m in model.modules()):
+    adapted = next((type(m).__name__ for m in model.modules() if isinstance(m, AdaptedLinear)), None)
+    if adapted is not None:
         raise ValueError(
-            "Expected a model that is not adapted yet but it holds FactorizedLinear maps: pass a fresh timm model, "
+            f"Expected a model that is not adapted yet but it holds {adapted} maps: pass a fresh timm model, "
             "or `strategy.merged_model()` to go on from what another strategy learned."
         )
     return model
@@ -155,14 +157,26 @@ def _split_heads(prefix: Tensor, batch: int, heads: int) -> Tensor:
 def adapt_linears(
     vit: VisionTransformer, targets: Sequence[Target], blocks: Sequence[int] | None, rank: int, scale: float
 ) -> dict[str, FactorizedLinear]:
-    """Put a :class:`FactorizedLinear` in the place of each chosen map of the model.
+    """Put a :class:`FactorizedLinear` of this rank and scale in the place of each chosen map of the model.
+
+    Arguments, result and errors as in :func:`replace_linears`.
+    """
+    return replace_linears(vit, targets, blocks, lambda linear, slices: FactorizedLinear(linear, slices, rank, scale))
+
+
+def replace_linears(
+    vit: VisionTransformer,
+    targets: Sequence[Target],
+    blocks: Sequence[int] | None,
+    make: Callable[[nn.Linear, list[tuple[int, int]]], LinearT],
+) -> dict[str, LinearT]:
+    """Put an adapted map in the place of each chosen one of the model.
 
     Args:
         vit: changed in place: its linear maps become the `base` of the new ones, bit for bit.
         targets: of q, k, v (parts of ``attn.qkv``), proj, fc1, fc2.
         blocks: indices; None means all.
-        rank: R.
-        scale: s.
+        make: the linear map and the (start, stop) of its output rows to adapt -> the adapted map.
 
     Returns:
         The new maps by name, as ``blocks.3.attn.qkv``.
@@ -177,7 +191,7 @@ def adapt_linears(
     chosen = range(depth) if blocks is None else blocks
     if not chosen or any(not 0 <= i < depth for i in chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(f"Expected `blocks` to be different indices in 0..{depth - 1} but got {tuple(chosen)}.")
-    layers: dict[str, FactorizedLinear] = {}
+    layers: dict[str, LinearT] = {}
     for i in chosen:
         for path in dict.fromkeys(_PATHS[t] for t in targets):
             parent_name, _, leaf = f"blocks.{i}.{path}".rpartition(".")
@@ -186,7 +200,7 @@ def adapt_linears(
             if path == "attn.qkv":
                 third = linear.out_features // 3
                 slices = [(j * third, (j + 1) * third) for j, part in enumerate("qkv") if part in targets]
-            layers[f"{parent_name}.{leaf}"] = FactorizedLinear(linear, slices, rank, scale)
+            layers[f"{parent_name}.{leaf}"] = make(linear, slices)
     for name, layer in layers.items():
         parent_name, _, leaf = name.rpartition(".")
         setattr(vit.get_submodule(parent_name), leaf, layer)
