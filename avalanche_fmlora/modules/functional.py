@@ -109,7 +109,7 @@ def straight_through_gumbel(logits: Tensor, tau: float, generator: torch.Generat
     gumbel = -torch.log(-torch.log(uniform)).to(logits)
     soft = ((logits + gumbel) / tau).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order the value is one-hot to the bit
 
 
 def spectral_entropy(features: Tensor) -> Tensor:
