@@ -114,16 +114,19 @@ class IncrementalHead(nn.Module):
             return self.rows
         return self.rows.index_copy(0, self.active, self.active_rows)
 
+    def biases(self) -> Tensor:
+        """All biases [C], those in training with their gradient."""
+        if self.active_bias is None:
+            return self.bias
+        return self.bias.index_copy(0, self.active, self.active_bias)
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`."""
         weights = self.weights()
         if self.cosine:
             logits = self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(weights, dim=-1))
         else:
-            bias = self.bias
-            if self.active_bias is not None:
-                bias = bias.index_copy(0, self.active, self.active_bias)
-            logits = F.linear(features, weights, bias)
+            logits = F.linear(features, weights, self.biases())
         return logits.masked_fill(~self.seen, UNSEEN_LOGIT)
 
     def stored_parameters(self) -> int:

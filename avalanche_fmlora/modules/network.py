@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
-from avalanche_fmlora.modules.head import IncrementalHead
+from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
 from avalanche_fmlora.modules.vit import forward_features, freeze
@@ -153,13 +154,10 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
     """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
 
     It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
-    network's own; those of classes never seen are left at what their zero rows give.
+    network's own, also those of classes never seen. A distilled DeiT becomes a ViT with one register token.
 
     Args:
         network: with any of low-rank updates and prompt.
-
-    Raises:
-        ValueError: for a distilled DeiT with a prompt: it has no register tokens to hold it.
     """
     vit = network.vit
     merged = copy.deepcopy(vit)
@@ -167,6 +165,8 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
         if isinstance(layer, AdaptedLinear):
             parent, _, leaf = name.rpartition(".")
             setattr(merged.get_submodule(parent), leaf, layer.to_linear())
+    if isinstance(merged, VisionTransformerDistilled):
+        _distilled_to_plain(merged)
     if network.prompt is not None:
         _prompt_to_registers(merged, network.prompt.prompt)
     merged.head = _plain_head(network.head)
@@ -174,11 +174,17 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
     return merged.requires_grad_(True)
 
 
+def _distilled_to_plain(vit: Any) -> None:
+    """Distillation token -> register token; the features stay the mean of its output and the class token's."""
+    vit.__class__ = VisionTransformer
+    vit.reg_token, vit.num_reg_tokens = vit.dist_token, 1
+    del vit.dist_token, vit.head_dist
+    # With a stride longer than any sequence, one window is left: the first two tokens.
+    vit.attn_pool = nn.Sequential(nn.AvgPool2d((2, 1), stride=(2**20, 1)), nn.Flatten(1))
+    vit.pool_include_prefix = True
+
+
 def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
-    if not isinstance(getattr(vit, "num_reg_tokens", None), int) or hasattr(vit, "dist_token"):
-        raise ValueError(
-            "Expected a ViT with room for register tokens: a distilled DeiT holds no prompt; use prompt_length=0."
-        )
     prefix = vit.num_prefix_tokens
     if vit.pos_embed is not None and not vit.no_embed_class:
         own = vit.pos_embed[:, :prefix].clone()
@@ -196,13 +202,12 @@ def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
 
 
 def _plain_head(head: IncrementalHead) -> nn.Module:
-    weights = head.weights()
-    linear = nn.Linear(head.dim, head.n_classes, bias=not head.cosine).to(weights)
+    weights, unseen = head.weights(), ~head.seen
+    linear = nn.Linear(head.dim, head.n_classes, bias=not head.cosine or bool(unseen.any())).to(weights)
+    if linear.bias is not None:
+        linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT))
     if not head.cosine:
         linear.weight.copy_(weights)
-        linear.bias.copy_(
-            head.bias if head.active_bias is None else head.bias.index_copy(0, head.active, head.active_bias)
-        )
         return linear
     # RMSNorm without weights is f·√D/‖f‖: with rows s·w/(‖w‖√D) behind it the logits are exactly s·cos(f, w).
     linear.weight.copy_(head.scale * F.normalize(weights, dim=-1) / head.dim**0.5)
