@@ -151,7 +151,7 @@ def prefix_attention(attn: Any, keys: Tensor, values: Tensor, x: Tensor, **kwarg
 def _split_heads(prefix: Tensor, batch: int, heads: int) -> Tensor:
     if prefix.ndim == 2:
         prefix = prefix.expand(batch, -1, -1)
-    return prefix.reshape(batch, prefix.shape[1], heads, -1).transpose(1, 2)
+    return prefix.reshape(batch, prefix.shape[1], heads, prefix.shape[2] // heads).transpose(1, 2)
 
 
 def adapt_linears(
