@@ -58,6 +58,10 @@ class ContinualNetwork(nn.Module):
         self.vit.eval()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the latest features: they hang on a graph, which can be neither copied nor pickled."""
+        return {**self.__dict__, "last_features": None}
+
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D]."""
         return forward_features(self.vit, images, None if self.prompt is None else self.prompt.prompt)
@@ -160,7 +164,7 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
         network: with any of low-rank updates and prompt.
     """
     vit = network.vit
-    merged = copy.deepcopy(vit)
+    merged: Any = copy.deepcopy(vit)
     for name, layer in vit.named_modules():
         if isinstance(layer, AdaptedLinear):
             parent, _, leaf = name.rpartition(".")
