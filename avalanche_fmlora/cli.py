@@ -152,11 +152,22 @@ def compare(
 def table(folder: Path, style: Any) -> None:
     """Print the table of the records in FOLDER (default: runs)."""
     with _user_errors():
-        from avalanche_fmlora.results.record import read_records
         from avalanche_fmlora.results.table import render, summary_rows
 
-        inner = folder / "records"
-        click.echo(render(summary_rows(read_records(inner if inner.is_dir() else folder)), style).rstrip("\n"))
+        click.echo(render(summary_rows(_read(folder)), style).rstrip("\n"))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.option(
+    "--to", "path", type=click.Path(path_type=Path), help="File, .png or .svg [default: FOLDER/accuracy.png]."
+)
+def plot(folder: Path, path: Path | None) -> None:
+    """Draw accuracy over experiences from the records in FOLDER (default: runs)."""
+    with _user_errors():
+        from avalanche_fmlora.results.figures import accuracy_over_experiences, save
+
+        click.echo(save(accuracy_over_experiences(_read(folder)), path or folder / "accuracy.png"))
 
 
 @main.command("list")
@@ -174,6 +185,13 @@ def list_(method: str | None) -> None:
             return
         for name, field in method_class(method).config_class.model_fields.items():
             click.echo(f"{name} = {field.default!r}\n    {field.description}")
+
+
+def _read(folder: Path) -> list[Record]:
+    from avalanche_fmlora.results.record import read_records
+
+    inner = folder / "records"
+    return read_records(inner if inner.is_dir() else folder)
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:

@@ -109,8 +109,8 @@ class SchedulePlugin(SupervisedPlugin):
         self._iteration = 0
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Take the groups' rates as they are after every other plugin's say; a user's scheduler goes first."""
-        self._rates = None
+        """Start anew, also after an experience that was broken off; the rates are taken at the first iteration."""
+        self.after_training_exp(strategy)
         self._iteration = 0
         self._iterations = strategy.train_epochs * len(strategy.dataloader)
 
@@ -135,3 +135,4 @@ class SchedulePlugin(SupervisedPlugin):
         if self._rates is not None:
             for group, rate in zip(strategy.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate
+        self._rates = None

@@ -102,6 +102,7 @@ class ContinualStrategy(SupervisedTemplate):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self._features = torch.compile(network.features) if self.config.compile else network.features
         self._current: Any = None
+        self._unscaled: list[tuple[dict[str, Any], float]] = []
         self.resources: list[dict[str, int]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -184,9 +185,10 @@ class ContinualStrategy(SupervisedTemplate):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def scale_rate(self, group: str, factor: float) -> None:
-        """Multiply a group's learning rate, for the current experience."""
+        """Multiply a group's learning rate, for the current experience only."""
         for g in self.optimizer.param_groups:
             if g.get("name") == group:
+                self._unscaled.append((g, g["lr"]))
                 g["lr"] = g["lr"] * factor
 
     def has_scheduler(self) -> bool:
@@ -216,6 +218,9 @@ class ContinualStrategy(SupervisedTemplate):
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Same optimizer, same groups, fresh state, only trainable tensors."""
+        for group, rate in reversed(self._unscaled):
+            group["lr"] = rate
+        self._unscaled.clear()
         groups = self.model.parameter_groups()
         refresh_optimizer(self.optimizer, self.model, groups)
         self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}

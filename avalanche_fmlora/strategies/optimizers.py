@@ -59,8 +59,6 @@ def refresh_optimizer(optimizer: Optimizer, model: nn.Module, groups: Mapping[st
     ours = {id(p) for p in model.parameters()} | optimizer.__dict__.setdefault("_fmlora_given", set())
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ours]
-        if "initial_lr" in group and not isinstance(group["lr"], torch.Tensor):
-            group["lr"] = group["initial_lr"]
     by_name = {group.get("name"): group for group in optimizer.param_groups}
     given = {name: list(params) for name, params in groups.items()}
     for name, params in given.items():

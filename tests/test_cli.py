@@ -1,0 +1,183 @@
+"""The command line as a user meets it: in processes of its own, on images in a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from avalanche_fmlora.cli import main
+
+SMALL = [
+    "--benchmark", "image_folder", "--n-experiences", "2", "--backbone", "test_vit", "--backbone.pretrained", "false",
+    "--image-size", "32", "--epochs", "1", "--batch-size", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("ant", "bee", "cat", "dog")):
+        for split, count in (("train", 6), ("test", 3)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(60 * k + rng.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def fmlora(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "avalanche_fmlora", *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["compare", "--help"], ["table", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from avalanche_fmlora.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "loaded = {'torch', 'avalanche', 'pandas', 'numpy', 'timm', 'pydantic'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_run_writes_a_record_and_is_not_run_twice(photos: Path, tmp_path: Path) -> None:
+    command = ["run", "fm_lora", *SMALL, "--path", str(photos), "--rank", "4", "--prompt-length=2"]
+    first = fmlora(*command, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (path,) = (tmp_path / "runs" / "records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "finished"
+    assert record["config"]["method_options"]["rank"] == 4
+    assert str(photos.parent) not in path.read_text()
+    matrix = record["accuracy_matrix"]
+    assert matrix[0][1] is None
+    assert record["metrics"]["final_average_accuracy"] == pytest.approx(sum(matrix[1]) / 2)
+    assert record["cost"]["test_forward_passes"] == 1.0
+    stored = [e["stored_parameters"] for e in record["experiences"]]
+    assert stored[0] == stored[1] > 0
+    assert record["experiences"][1]["complexity"] is not None
+    assert record["benchmark"]["class_order_seed"] == 0
+    assert len(record["backbone"]["sha256"]) == 64
+    assert "fm_lora" in first.stdout
+
+    again = fmlora(*command, cwd=tmp_path)
+    assert "finished already" in again.stderr
+    assert json.loads(path.read_text()) == record
+
+
+def test_compare_writes_tables_and_goes_on_after_a_kill(photos: Path, tmp_path: Path) -> None:
+    command = ["compare", "--methods", "ncm,linear_probe,seq_lora", *SMALL, "--path", str(photos), "--jobs", "1"]
+    arguments = [sys.executable, "-m", "avalanche_fmlora", *command, "--class-orders", "0,1"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    records = tmp_path / "runs" / "records"
+    deadline = time.monotonic() + 120
+    while not list(records.glob("*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {p: p.read_bytes() for p in records.glob("*.json")}
+    assert kept
+
+    done = fmlora(*command, "--class-orders", "0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(records.glob("*.json"))) == 6
+    assert all(p.read_bytes() == before for p, before in kept.items())
+    with (tmp_path / "runs" / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert {(r["method"], r["class_order_seed"]) for r in runs} == {
+        (m, o) for m in ("ncm", "linear_probe", "seq_lora") for o in "01"
+    }
+    assert all(Path(tmp_path / "runs" / f"{n}.csv").is_file() for n in ("matrix", "ranks", "summary"))
+    table = fmlora("table", "runs", cwd=tmp_path)
+    assert table.stdout.count("±") >= 3
+    assert table.stdout.strip() in done.stdout
+
+
+def test_interrupt_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "avalanche_fmlora",
+        "compare",
+        "--methods",
+        "ncm,seq_lora",
+        *SMALL,
+        "--epochs",
+        "300",
+    ]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*arguments, "--path", str(photos), "--jobs", "2"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    records = tmp_path / "runs" / "records"
+    deadline = time.monotonic() + 120
+    while not list(records.glob("ncm*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in error
+    assert [p.name.split("-")[0] for p in records.glob("*.json")] == ["ncm"]
+
+
+def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, tmp_path: Path) -> None:
+    command = ["compare", "--methods", "seq_lora,ncm", *SMALL, "--path", str(photos), "--rank", "1000", "--jobs", "1"]
+    done = fmlora(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Expected a `rank` between" in done.stderr
+    states = {p.name.split("-")[0]: json.loads(p.read_text()) for p in (tmp_path / "runs" / "records").glob("*.json")}
+    assert states["ncm"]["status"] == "finished"
+    assert states["seq_lora"]["status"] == "failed"
+    assert "rank" in states["seq_lora"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "fm_lora", "--rnak", "4"], "did you mean `rank`"),
+        (["run", "fm_lore"], "did you mean 'fm_lora'"),
+        (["run", "--epochs"], "--epochs needs a value"),
+        (["run", "--training.epochs", "many"], "training.epochs"),
+        (["table", "nowhere"], "fmlora run"),
+        (["run", "--config", "none.yaml"], "no configuration file"),
+        (["run", "--benchmark", "image_folder"], "benchmark.path"),
+    ],
+)
+def test_mistakes_are_one_message(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_list_names_methods_and_their_options() -> None:
+    lines = CliRunner().invoke(main, ["list"]).stdout.splitlines()
+    assert {"fm_lora", "seq_lora", "linear_probe", "ncm", "joint"} <= {line.split()[0] for line in lines if line}
+    assert "prompt_length = " in CliRunner().invoke(main, ["list", "fm_lora"]).stdout

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from avalanche_fmlora.config import find_data, make_run, read_yaml
+from avalanche_fmlora.grid import expand
+from avalanche_fmlora.results.record import run_id
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainning": {}}, "did you mean `training`"),
+        ({"training": {"epoch": 3}}, r"`training.epoch`: did you mean `epochs`"),
+        ({"training": {"epochs": 0}}, r"`training.epochs` = 0"),
+        ({"method": "fm_lor"}, "did you mean 'fm_lora'"),
+        ({"method_options": {"rnak": 8}}, "did you mean `rank`"),
+        ({"method_options": {"rank_selection": {"sigm": 1}}}, r"`rank_selection.sigm`: did you mean `sigma`"),
+        ({"benchmark": {"name": "split_glyph"}}, "split_glyphs"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_nearest_right_one(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_run(options)
+
+
+def test_the_identity_has_all_defaults_and_no_folder() -> None:
+    config = make_run(
+        {
+            "benchmark": {"name": "image_folder", "path": "/somewhere/photos.zip"},
+            "backbone": {"name": "test_vit", "weights": "/elsewhere/w.safetensors"},
+            "method_options": {"rank": 8},
+        }
+    )
+    identity = config.identity()
+    assert identity["method_options"]["rank"] == 8
+    assert identity["method_options"]["rank_selection"]["sigma"] == 0.25
+    assert identity["benchmark"]["path"] == "photos.zip"
+    assert identity["backbone"]["weights"] == "w.safetensors"
+
+
+def test_a_default_written_out_is_the_same_run() -> None:
+    plain, written = make_run({}), make_run({"training": {"epochs": make_run({}).training.epochs}})
+    assert run_id(plain.identity()) == run_id(written.identity())
+    assert run_id(plain.identity()) != run_id(make_run({"seed": 1}).identity())
+
+
+def test_the_seed_of_a_run_is_the_seed_of_its_method() -> None:
+    assert make_run({"seed": 7}).resolved_method().seed == 7
+    assert make_run({"seed": 7, "method_options": {"seed": 3}}).resolved_method().seed == 3
+
+
+def test_yaml_takes_floats_in_any_form(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method_options: {lr_core: 1e-3}\ntraining: {epochs: 2}\n")
+    config = make_run(read_yaml(file))
+    assert config.resolved_method().lr_core == 1e-3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "field: value"), ("a: [1", "no valid YAML")])
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(file)
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_data_are_found_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos.zip").touch()
+    monkeypatch.delenv("AVALANCHE_FMLORA_DATA", raising=False)
+    assert find_data(Path("photos.zip"), tmp_path) == tmp_path / "photos.zip"
+    monkeypatch.setenv("AVALANCHE_FMLORA_DATA", str(tmp_path))
+    assert find_data(Path("photos.zip"), None) == tmp_path / "photos.zip"
+    with pytest.raises(FileNotFoundError, match="--data-root"):
+        find_data(Path("other.zip"), None)
+
+
+def test_a_grid_is_methods_times_orders_times_seeds() -> None:
+    configs = expand(
+        {"methods": ["ncm", {"method": "seq_lora", "rank": 4}], "class_order_seeds": [0, 1], "seeds": [0, 1, 2]}
+    )
+    assert len(configs) == 12
+    assert {(c.method, c.class_order_seed, c.seed) for c in configs} == {
+        (m, o, s) for m in ("ncm", "seq_lora") for o in (0, 1) for s in (0, 1, 2)
+    }
+    assert {c.method_options.get("rank") for c in configs if c.method == "seq_lora"} == {4}
+
+
+def test_flags_reach_the_methods_that_have_them() -> None:
+    flags = [("fm_lora.rank", 8), ("precision", "bf16"), ("training.epochs", 2), ("lr_lora", 1e-4)]
+    configs = {c.method: c for c in expand({"methods": ["fm_lora", "seq_lora", "ncm"]}, flags)}
+    assert configs["fm_lora"].method_options == {"rank": 8, "precision": "bf16"}
+    assert configs["seq_lora"].method_options == {"precision": "bf16", "lr_lora": 1e-4}
+    assert configs["ncm"].method_options == {"precision": "bf16"}
+    assert {c.training.epochs for c in configs.values()} == {2}
+    with pytest.raises(ValueError, match="did you mean `lr_lora`"):
+        expand({"methods": ["seq_lora"]}, [("lr_lorra", 1)])
+    with pytest.raises(ValueError, match="at least one entry"):
+        expand({"methods": []})
