@@ -31,7 +31,7 @@ _SHORT = {
 _OPTIONS_HELP = """
 Every field of the configuration is a flag: --benchmark, --path, --n-experiences, --backbone, --weights, --image-size,
 --epochs, --batch-size, --seed, --class-order-seed, in general --training.epochs 3 or --backbone.model-args
-'{depth: 11}', and the method's own options as --rank 16 (see `fmlora list METHOD`). Values are YAML: null, true, [0, 1].
+'{depth: 11}', and the method's own options as --rank 16 (see `fmlora list METHOD`). Values are YAML: null, [0, 1].
 """
 _FLEXIBLE = {"ignore_unknown_options": True, "allow_extra_args": True}
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
