@@ -104,6 +104,8 @@ class IncrementalHead(nn.Module):
     @torch.no_grad()
     def write(self, classes: Tensor, rows: Tensor) -> None:
         """Set the rows [A, D] of given classes [A], also of those in training."""
+        if self.active_rows is not None:
+            self.rows[self.active] = self.active_rows
         self.rows[classes] = rows.to(self.rows)
         if self.active_rows is not None:
             self.active_rows.copy_(self.rows[self.active])
