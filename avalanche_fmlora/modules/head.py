@@ -22,6 +22,7 @@ class IncrementalHead(nn.Module):
         dim: width D of the features.
         cosine: logits ``scale · cos(f, w_c)`` without a bias, else ``f · w_c + b_c``.
         scale: of the cosine logits.
+        seed: of the first rows.
 
     Attributes:
         rows: shape [C, D], C the largest class index seen so far plus one.
@@ -38,7 +39,7 @@ class IncrementalHead(nn.Module):
     counts: Tensor
     active: Tensor
 
-    def __init__(self, dim: int, *, cosine: bool = True, scale: float = 16.0) -> None:
+    def __init__(self, dim: int, *, cosine: bool = True, scale: float = 16.0, seed: int = 0) -> None:
         super().__init__()
         self.dim = dim
         self.cosine = cosine
@@ -51,6 +52,7 @@ class IncrementalHead(nn.Module):
         self.register_parameter("active_rows", None)
         self.register_parameter("active_bias", None)
         self.frozen = False
+        self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def n_classes(self) -> int:
@@ -76,7 +78,7 @@ class IncrementalHead(nn.Module):
         self.counts = F.pad(self.counts, (0, extra))
 
     @torch.no_grad()
-    def begin(self, classes: Iterable[int], generator: torch.Generator | None = None) -> None:
+    def begin(self, classes: Iterable[int]) -> None:
         """Open an experience: its classes' rows become parameters; new rows start random (cosine) or at zero."""
         self.close()
         ordered = sorted(int(c) for c in classes)
@@ -84,7 +86,7 @@ class IncrementalHead(nn.Module):
         self.active = torch.tensor(ordered, dtype=torch.long, device=self.rows.device)
         fresh = self.active[~self.seen[self.active]]
         if self.cosine and len(fresh):
-            noise = torch.randn(len(fresh), self.dim, generator=generator).to(self.rows)
+            noise = torch.randn(len(fresh), self.dim, generator=self._generator).to(self.rows)
             self.rows[fresh] = F.normalize(noise, dim=-1)
         self.seen[self.active] = True
         if not self.frozen:

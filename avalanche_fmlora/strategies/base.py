@@ -81,7 +81,6 @@ class ContinualStrategy(SupervisedTemplate):
                 "use loss_classes='seen' or label_smoothing=0."
             )
         vit = check_vit(model).to(device)
-        self._random = torch.Generator().manual_seed(self.config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)
@@ -139,9 +138,9 @@ class ContinualStrategy(SupervisedTemplate):
 
     def build_head(self, vit: VisionTransformer) -> IncrementalHead:
         """The configured classifier."""
-        return IncrementalHead(
-            feature_dim(vit), cosine=self.config.classifier != "linear", scale=self.config.logit_scale
-        )
+        config = self.config
+        cosine = config.classifier != "linear"
+        return IncrementalHead(feature_dim(vit), cosine=cosine, scale=config.logit_scale, seed=config.seed)
 
     def _frame_plugins(self) -> list[BasePlugin]:
         plugins: list[BasePlugin] = []
