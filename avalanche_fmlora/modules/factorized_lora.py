@@ -213,4 +213,4 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
-    return (q * torch.sign(torch.diagonal(r))).float() if rows >= columns else q.float()
+    return q * torch.sign(torch.diagonal(r)) if rows >= columns else q
