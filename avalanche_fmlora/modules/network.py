@@ -89,6 +89,7 @@ class ContinualNetwork(nn.Module):
         """Open an experience with these classes: what it trains becomes trainable."""
         self.head.begin(classes)
         if self.lora is not None:
+            self.lora.unmerge()
             self.lora.begin()
         if self.prompt is not None:
             self.prompt.begin()
@@ -126,6 +127,8 @@ class ContinualNetwork(nn.Module):
                 f"Expected the state of a network of the same configuration but {sorted(own ^ given)[:3]} differ: "
                 "build the strategy with the options that it was saved with."
             )
+        if self.lora is not None:
+            self.lora.unmerge()
         self.load_state_dict(state, strict=False)
 
     def stored_parameters(self) -> int:

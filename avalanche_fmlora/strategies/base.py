@@ -276,7 +276,7 @@ class ContinualStrategy(SupervisedTemplate):
             self.model.lora.merge()
 
     def unmerge(self) -> None:
-        """Compute with the factors again; needed before training goes on."""
+        """Compute with the factors again, as training and :meth:`load` do by themselves."""
         if self.model.lora is not None:
             self.model.lora.unmerge()
 
