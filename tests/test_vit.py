@@ -1,4 +1,4 @@
-"""Any timm ViT, unmodified: the same features, prompts and prefixes where the papers put them, one plain model at the end."""
+"""Any timm ViT, unmodified: its own features, prompts and prefixes in their places, one plain model at the end."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_targets_and_blocks(
 
 def _twin_attention(attn: Attention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """softmax(q [P_K; k]ᵀ / √d) [P_V; v], one sample and one head at a time."""
-    batch, tokens, width = x.shape
+    batch, _, width = x.shape
     d = width // attn.num_heads
     out = torch.zeros_like(x)
     for b in range(batch):
