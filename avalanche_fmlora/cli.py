@@ -58,13 +58,11 @@ def main() -> None:
     """Continual learning of pretrained vision transformers: FM-LoRA and its rivals in a fair comparison."""
 
 
-@main.command(context_settings=_FLEXIBLE, epilog=_OPTIONS_HELP)
-@click.argument("method", required=False)
+@main.command(context_settings=_FLEXIBLE, epilog=_OPTIONS_HELP, options_metavar="[METHOD] [OPTIONS] [--FIELD VALUE]...")
 @_shared
 @click.pass_context
 def run(
     context: click.Context,
-    method: str | None,
     config_file: Path | None,
     out: Path,
     data_root: Path | None,
@@ -74,18 +72,18 @@ def run(
     """Run METHOD once (default: fm_lora on the embedded characters) and write its record."""
     with _user_errors():
         _prepare(logging.INFO)
-        from avalanche_fmlora.config import make_run, read_yaml, set_option
+        from avalanche_fmlora.config import check_data, make_run, read_yaml, set_option
         from avalanche_fmlora.experiment import available_threads
         from avalanche_fmlora.results.record import find_record
         from avalanche_fmlora.sweep import run_and_write
 
-        flags = _flags(context.args)
-        options = read_yaml(config_file) if config_file else {}
-        if method is not None:
-            options["method"] = method
-        for name, value in flags:
+        options, words = read_yaml(config_file) if config_file else {}, list(context.args)
+        if words and not words[0].startswith("--"):
+            options["method"] = words.pop(0)
+        for name, value in _flags(words):
             set_option(options, _SHORT.get(name, name), value)
         config = make_run(options)
+        check_data(config, data_root)
         record = find_record(out / "records", config.identity())
         if record is None:
             record = run_and_write(config, out / "records", device, threads or available_threads(), data_root, True)
@@ -94,7 +92,11 @@ def run(
         _show([record], out)
 
 
-@main.command(context_settings=_FLEXIBLE, epilog=_OPTIONS_HELP + "An option of one method only: --fm_lora.rank 16.")
+@main.command(
+    context_settings=_FLEXIBLE,
+    epilog=_OPTIONS_HELP + "An option of one method only: --fm_lora.rank 16.",
+    options_metavar="[OPTIONS] [--FIELD VALUE]...",
+)
 @click.option("--methods", help="Names with commas between; all if not given.")
 @click.option("--class-orders", help="Seeds of the class or domain order, as 0,1,2 [default: 0].")
 @click.option("--seeds", help="Seeds of initial values and batches, as 0,1,2 [default: 0].")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
@@ -27,6 +27,19 @@ class BenchmarkConfig(StrictModel):
     """Number of experiences of a class-incremental benchmark; null means 10."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
     """Random changes of the training images of `image_folder`."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> BenchmarkConfig:
+        if self.name == "image_folder":
+            if self.path is None:
+                raise ValueError("`image_folder` needs `benchmark.path`, a folder or zip of images")
+        elif self.path is not None or self.augment != "none":
+            raise ValueError(
+                f"`{self.name}` takes no `path` and no `augment`, since its images are drawn: leave them out"
+            )
+        if self.name == "domain_glyphs" and self.n_experiences is not None:
+            raise ValueError("`domain_glyphs` has one experience a style: leave `n_experiences` out")
+        return self
 
 
 class TrainingConfig(StrictModel):
@@ -124,6 +137,17 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
             inner = options[key] = {}
         options = inner
     options[keys[-1]] = value
+
+
+def check_data(config: RunConfig, data_root: Path | None) -> None:
+    """See that the files of a run are there, before any run of a sweep starts.
+
+    Raises:
+        FileNotFoundError: that names each place looked at.
+    """
+    for path in (config.benchmark.path, config.backbone.weights):
+        if path is not None:
+            find_data(path, data_root)
 
 
 def find_data(path: Path, data_root: Path | None) -> Path:

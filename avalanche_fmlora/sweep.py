@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from avalanche_fmlora.config import RunConfig
+from avalanche_fmlora.config import RunConfig, check_data
 from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,14 @@ def sweep(
 
     Returns:
         One record a configuration, in order; those that broke down have status ``failed``.
+
+    Raises:
+        FileNotFoundError: if the data or weights of a run are not there.
     """
     from avalanche_fmlora.experiment import available_threads
 
+    for config in configs:
+        check_data(config, data_root)
     unique = {blank_record(c.identity())["id"]: c for c in configs}
     done: dict[str, Record] = {}
     for key, config in unique.items():

@@ -165,6 +165,8 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
         (["table", "nowhere"], "fmlora run"),
         (["run", "--config", "none.yaml"], "no configuration file"),
         (["run", "--benchmark", "image_folder"], "benchmark.path"),
+        (["run", "--path", "x.zip"], "takes no `path`"),
+        (["compare", "--benchmark", "image_folder", "--path", "nowhere.zip"], "There is no nowhere.zip"),
     ],
 )
 def test_mistakes_are_one_message(

@@ -75,7 +75,8 @@ def validate(model: type[ConfigT], options: dict[str, Any], where: str) -> Confi
 def _explain(model: type[BaseModel], where: str, error: Any) -> str:
     path = [str(p) for p in error["loc"]]
     if error["type"] != "extra_forbidden":
-        return f"{where}: `{'.'.join(path)}` = {error['input']!r}: {error['msg']}."
+        said = error["msg"].removeprefix("Value error, ").rstrip(".")
+        return f"{where}: `{'.'.join(path)}` = {error['input']!r}: {said}."
     fields = list(_fields_at(model, path[:-1]))
     near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}."

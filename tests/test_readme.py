@@ -1,0 +1,75 @@
+"""What the README shows is what runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from avalanche_fmlora.cli import _SHORT, _flags, main
+from avalanche_fmlora.grid import expand
+from avalanche_fmlora.strategies.registry import methods
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_pipeline_runs_and_is_short(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    check = (
+        "\nassert type(vit).__name__ == 'VisionTransformer' and vit.head is not None\nprint('learned', vit.num_classes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "learned 100"
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("fmlora ")]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_known(words: list[str]) -> None:
+    command, *rest = words[1:]
+    if command == "list":
+        assert CliRunner().invoke(main, [command, *rest]).exit_code == 0
+        return
+    assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+    own = {o for p in main.commands[command].params for o in p.opts}
+    extra, i = [], 0
+    while i < len(rest):
+        if rest[i] in own:
+            i += 2
+        elif rest[i].startswith("--"):
+            extra += rest[i : i + 2]
+            i += 2
+        else:
+            i += 1
+    expand({"methods": ["fm_lora"]}, [(_SHORT.get(name, name), value) for name, value in _flags(extra)])
+
+
+def test_every_method_is_in_the_table() -> None:
+    for name in methods():
+        assert f"| `{name}` |" in README
+
+
+def test_files_that_are_linked_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_targets_of_make_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for name in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+        assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE)
