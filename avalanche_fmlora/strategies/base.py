@@ -81,13 +81,14 @@ class ContinualStrategy(SupervisedTemplate):
                 "use loss_classes='seen' or label_smoothing=0."
             )
         vit = check_vit(model).to(device)
+        chosen = make_optimizer(optimizer, self.config, self.rates())  # may refuse: before the model is changed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)
         self._passes_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         super().__init__(
             model=network,
-            optimizer=make_optimizer(optimizer, self.config, self.rates()),
+            optimizer=chosen,
             criterion=criterion,
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
