@@ -111,8 +111,9 @@ class ContinualNetwork(nn.Module):
         return {name: [p for p in ps if p.requires_grad] for name, ps in groups.items()}
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Everything but the backbone's own weights: a state dict."""
-        return {k: v for k, v in self.state_dict().items() if k not in self._backbone}
+        """Everything but the backbone's own weights and the rank selector, which each experience sets anew: a state dict."""
+        own = self.state_dict()
+        return {k: v for k, v in own.items() if k not in self._backbone and not k.startswith("selector.")}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`adapter_state` gave, into a network of the same configuration.
@@ -120,7 +121,7 @@ class ContinualNetwork(nn.Module):
         Raises:
             ValueError: if the names differ.
         """
-        own = {k for k in self.state_dict() if k not in self._backbone and ".active_" not in k}
+        own = {k for k in self.adapter_state() if ".active_" not in k}
         given = {k for k in state if ".active_" not in k}
         if own != given:
             raise ValueError(
