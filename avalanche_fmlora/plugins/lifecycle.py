@@ -109,18 +109,18 @@ class SchedulePlugin(SupervisedPlugin):
         self._iteration = 0
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Start anew, also after an experience that was broken off; the rates are taken at the first iteration."""
+        """Start anew, also after an experience that was broken off."""
         self.after_training_exp(strategy)
         self._iteration = 0
-        self._iterations = strategy.train_epochs * len(strategy.dataloader)
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        """Set the rate of this iteration."""
+        """Set the rate of this iteration. At the first, other plugins have had their say on rates and data loader."""
         if strategy.has_scheduler():
             return
         groups = strategy.optimizer.param_groups
         if self._rates is None:
             self._rates = [group["lr"] for group in groups]
+            self._iterations = strategy.train_epochs * len(strategy.dataloader)
         if self.kind == "coda":
             epoch, epochs = strategy.clock.train_exp_epochs, strategy.train_epochs
             factor = math.cos(99 * math.pi * epoch / (200 * max(1, epochs - 1)))

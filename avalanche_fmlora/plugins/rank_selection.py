@@ -88,13 +88,14 @@ class RankSelectionPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Start to search, if the experience trains a core."""
         self._iteration = 0
-        self._search_iterations = int(self.search_share * strategy.train_epochs * len(strategy.dataloader))
         self._searching = strategy.model.lora.trains_core
 
     def before_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Draw a rank, or fix it when the search is over."""
         if not self._searching:
             return
+        if self._iteration == 0:  # only now has every plugin had its say on the data loader
+            self._search_iterations = int(self.search_share * strategy.train_epochs * len(strategy.dataloader))
         if self._iteration >= self._search_iterations:
             self._decide(strategy)
             return
