@@ -86,6 +86,10 @@ def images() -> torch.Tensor:
 
 
 _SMALL = {"rank": 4}
+_SMALL_OF = {
+    "dual_prompt": {"g_blocks": (0,), "e_blocks": (1,)},
+    "coda_prompt": {"blocks": (0, 1), "pool_size": 20},
+}
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +101,7 @@ def make_strategy() -> Callable[..., Any]:
         cls = method(name)
         defaults = {"train_mb_size": 8, "train_epochs": 4, "evaluator": None}
         defaults |= {k: v for k, v in _SMALL.items() if k in cls.config_class.model_fields}
+        defaults |= _SMALL_OF.get(name, {})
         if "config" in options:
             defaults = {k: v for k, v in defaults.items() if k not in cls.config_class.model_fields}
         return cls(model=_tiny_vit() if vit is None else vit, **{**defaults, **options})
