@@ -291,7 +291,8 @@ class ContinualStrategy(SupervisedTemplate):
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
-        self.model.load_adapter_state(load_adapter(Path(path), self.method))
+        state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"))
+        self.model.load_adapter_state(state)
 
 
 # Avalanche has wrapped this class's constructor in the same check; see `__init_subclass__`.

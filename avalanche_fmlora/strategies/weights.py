@@ -13,6 +13,11 @@ import safetensors.torch
 from torch import Tensor
 
 _FORMAT = "avalanche_fmlora adapter 1"
+_OF_THE_MODEL = frozenset(
+    ("rank", "targets", "blocks", "scale", "bases", "classifier", "logit_scale", "prompt_length", "pool_size", "top_k")
+    + ("prompt_position", "batchwise", "g_length", "e_length", "g_blocks", "e_blocks", "n_tasks", "restrict_to_seen")
+)
+"""Options that say what the tensors mean; all others only matter to training."""
 
 
 def save_adapter(path: Path, state: dict[str, Tensor], method: str, config: dict[str, Any]) -> Path:
@@ -30,12 +35,12 @@ def save_adapter(path: Path, state: dict[str, Tensor], method: str, config: dict
     return path
 
 
-def load_adapter(path: Path, method: str) -> dict[str, Tensor]:
-    """Read the tensors of :func:`save_adapter`.
+def load_adapter(path: Path, method: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors of :func:`save_adapter` for a strategy of this method and configuration.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is torn, another program's, or another method's.
+        ValueError: if it is torn, another program's, another method's, or of a model with other options.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no adapter file {path}: `strategy.save(path)` writes one.")
@@ -50,5 +55,13 @@ def load_adapter(path: Path, method: str) -> dict[str, Tensor]:
     if metadata["method"] != method:
         raise ValueError(
             f"{path} holds a {metadata['method']} adapter but this strategy is {method}: use that strategy."
+        )
+    saved = json.loads(metadata["config"])
+    other = {k: saved[k] for k in sorted(_OF_THE_MODEL & saved.keys() & config.keys()) if saved[k] != config[k]}
+    if other:
+        own = {k: config[k] for k in other}
+        raise ValueError(
+            f"{path} was saved with {other} but this strategy has {own}: build the strategy with the options that it was "
+            "saved with."
         )
     return state
