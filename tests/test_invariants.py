@@ -31,9 +31,7 @@ def make_network(make_vit: Callable[..., Any]) -> Callable[..., ContinualNetwork
         torch.manual_seed(0)
         vit = make_vit(dtype=torch.float64)
         lora = FactorizedLoRA(adapt_linears(vit, targets, None, RANK, 0.8), kind, seed=1)
-        return ContinualNetwork(
-            vit, IncrementalHead(16, cosine=cosine), lora, MetaPrompt(2, 16) if prompt else None
-        ).double()
+        return ContinualNetwork(vit, IncrementalHead(16, cosine=cosine), lora, MetaPrompt(2, 16)).double()
 
     return make
 
