@@ -176,7 +176,14 @@ def test_past_tasks_keep_every_bit_under_momentum_and_decay(
     make_strategy: Any, make_vit: Any, class_benchmark: Any
 ) -> None:
     strategy = make_strategy(
-        "dual_prompt", make_vit(depth=5), optimizer="sgd", weight_decay=0.1, lr_prompt=0.1, n_tasks=4
+        "dual_prompt",
+        make_vit(depth=5),
+        g_blocks=(0, 1),
+        e_blocks=(2, 3, 4),
+        optimizer="sgd",
+        weight_decay=0.1,
+        lr_prompt=0.1,
+        n_tasks=4,
     )
     pool, before = strategy.model.pool, []
     first = pool.g.detach().clone()
@@ -222,7 +229,7 @@ def test_experts_are_the_same_made_in_advance_or_one_by_one() -> None:
 def test_domains_have_a_task_each_and_are_chosen_by_key(
     make_strategy: Any, make_vit: Any, domain_benchmark: Any
 ) -> None:
-    strategy = make_strategy("dual_prompt", make_vit(depth=5))
+    strategy = make_strategy("dual_prompt", make_vit(depth=5), g_blocks=(0, 1), e_blocks=(2, 3, 4))
     for experience in domain_benchmark.train_stream:
         strategy.train(experience)
     pool = strategy.model.pool
