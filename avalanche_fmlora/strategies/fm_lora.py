@@ -7,7 +7,7 @@ rows follow the drift of the features and hold the model by their cosines.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from avalanche.core import BasePlugin
 from pydantic import Field
@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompts import MetaPrompt
+from avalanche_fmlora.modules.rank_selector import RankSelector
 from avalanche_fmlora.modules.vit import Target, adapt_linears
 from avalanche_fmlora.plugins.factorized_lora import CoreRegularizationPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
@@ -73,7 +74,7 @@ class FMLoRAConfig(MethodConfig):
     """Scale s of the update s·A C B."""
     bases: Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"] = "first_experience"
     """Where the shared bases come from."""
-    core_step: float | Literal["1/t"] = 1.0
+    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = 1.0
     """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows held by the free teacher; above 0 it costs one more forward pass a step."""
@@ -125,6 +126,8 @@ class FMLoRAStrategy(ContinualStrategy):
     def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
         """Low-rank updates in the chosen maps, a prompt at the input."""
         config, head = self.config, self.build_head(vit)
+        if config.rank_selection is not None:
+            RankSelector(config.rank, config.rank_selection.candidates)  # refuses candidates before the model is changed
         layers = adapt_linears(vit, config.targets, config.blocks, config.rank, config.scale)
         prompt = MetaPrompt(config.prompt_length, vit.embed_dim) if config.prompt_length else None
         return ContinualNetwork(vit, head, FactorizedLoRA(layers, config.bases, config.seed), prompt)
