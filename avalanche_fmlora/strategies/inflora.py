@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from avalanche.core import BasePlugin, SupervisedPlugin
 from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
@@ -65,6 +66,21 @@ class InfLoRALinear(AdaptedLinear):
         """All A_s, shape [S·R, D_in]."""
         past = self.downs.flatten(0, 1)
         return past if self.down is None else torch.cat([past, self.down])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., D_out]; the updates of the past, which need no gradient, are added to W₀ first.
+
+        So the cost of a step does not grow with the number of experiences as it would through their factors.
+        """
+        if self.merged_weight is not None or not len(self.ups):
+            return super().forward(x)
+        with torch.no_grad():
+            past = self.place(self.ups.permute(1, 2, 0, 3).flatten(2), shared=True) @ self.downs.flatten(0, 1)
+            weight = self.base.weight + past
+        out = F.linear(x, weight, self.base.bias)
+        if self.up is None or self.down is None:
+            return out
+        return out + F.linear(F.linear(x, self.down), self.place(self.up, shared=True))
 
     @torch.no_grad()
     def begin(self) -> None:
