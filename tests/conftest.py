@@ -11,7 +11,16 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from avalanche_fmlora.data.base import Domain, ImageSet, class_incremental, domain_incremental
+from avalanche_fmlora.data.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Domain,
+    ImageSet,
+    _TensorImages,
+    class_incremental,
+    default_transform,
+    domain_incremental,
+)
 
 torch.set_num_threads(1)
 
@@ -77,6 +86,23 @@ def class_benchmark() -> Any:
 def domain_benchmark() -> Any:
     """3 classes in 3 domains (the prototypes, rolled); labels in sets, no task labels."""
     return _domain_benchmark()
+
+
+@pytest.fixture(scope="session")
+def task_benchmark() -> Any:
+    """As `class_benchmark` with 4 classes in 2 experiences, made by Avalanche's own function, with task labels."""
+    from avalanche.benchmarks import nc_benchmark
+
+    rng = np.random.default_rng(2)
+    train, test = (_image_set(range(4), n, rng) for n in (8, 4))
+    return nc_benchmark(
+        *(_TensorImages(s.images, s.labels) for s in (train, test)),
+        n_experiences=2,
+        task_labels=True,
+        shuffle=False,
+        train_transform=default_transform(IMAGENET_MEAN, IMAGENET_STD),
+        eval_transform=default_transform(IMAGENET_MEAN, IMAGENET_STD),
+    )
 
 
 @pytest.fixture(scope="session")
