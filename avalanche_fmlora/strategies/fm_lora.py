@@ -113,7 +113,7 @@ class FMLoRAStrategy(ContinualStrategy):
     >>> vit = timm.create_model("test_vit", num_classes=0)
     >>> strategy = FMLoRAStrategy(model=vit, rank=8, prompt_length=0, evaluator=None)
     >>> strategy.model.stored_parameters()
-    12672
+    13056
     """
 
     method: ClassVar[str] = "fm_lora"
