@@ -166,11 +166,12 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         """Close the experience: C takes the update (its share `step`), bases that were trained become orthonormal."""
         if not self.active:
             return
-        learned = self.trains_bases and self.bases != "sequential"
+        lasting = self.bases == "sequential"  # A and B go on training, so plugins that weigh parameters see them
+        learned = self.trains_bases and not lasting
         for layer in self.layers:
             layer.absorb(step)
-            layer.up.requires_grad_(False)
-            layer.down.requires_grad_(False)
+            layer.up.requires_grad_(lasting)
+            layer.down.requires_grad_(lasting)
             if learned:
                 layer.rebase()
         self.experiences += 1

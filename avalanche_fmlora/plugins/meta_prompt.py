@@ -60,6 +60,7 @@ class MetaPromptPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the step now if training ended before it; log ‖P − P_{t−1}‖."""
         self._slow_step(strategy)
+        strategy.model.prompt.prompt.requires_grad_(True)  # it lasts: plugins that weigh parameters see it
         self.drift.append(float(strategy.model.prompt.drift().detach().sqrt()))
 
     @property
