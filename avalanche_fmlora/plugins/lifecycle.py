@@ -82,14 +82,14 @@ class ClassMeanPlugin(SupervisedPlugin):
         head.write(past.nonzero().squeeze(1), moved[past])
         return moved
 
-    @staticmethod
-    def _write(head: Any, features: Tensor, labels: Tensor, rows: Tensor, counts: Tensor) -> None:
+    def _write(self, head: Any, features: Tensor, labels: Tensor, rows: Tensor, counts: Tensor) -> None:
         """Rows of the classes in `labels`: means of all samples so far, those of the past standing in as rows · n."""
         classes = labels.unique()
         means, n = functional.class_means(features, labels, classes)
         past = head.counts[classes][:, None]
-        combined = F.normalize(past * rows[classes] + n[:, None] * means, dim=-1)
-        head.write(classes, combined)
+        combined = (past * rows[classes] + n[:, None] * means) / (past + n[:, None])
+        # Rows that never train keep their length, so that they stay the exact means of all samples, however split.
+        head.write(classes, F.normalize(combined, dim=-1) if self.train_rows else combined)
         counts[classes] = n
 
 
