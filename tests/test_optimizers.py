@@ -164,7 +164,7 @@ def test_cosine_schedule_falls_from_each_groups_rate_to_zero(
 def test_cosine_schedule_counts_the_batches_that_are_drawn(
     make_strategy: Any, train: Any, class_benchmark: Any
 ) -> None:
-    """A replay plugin replaces the data loader after our plugins have seen it: the rate must still end at zero, once."""
+    """A replay plugin replaces the data loader after our plugins have seen it: the rate still ends at zero, once."""
 
     class Longer(SupervisedPlugin):
         def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:

@@ -1,0 +1,118 @@
+"""Class-mean rows: what they are after an experience, for frozen, trained and drifting features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from avalanche_fmlora.modules import functional
+from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin
+
+
+@torch.no_grad()
+def _features(strategy: Any, experiences: Any) -> tuple[Tensor, Tensor]:
+    """Normalised features of all training images of these experiences under the model as it is."""
+    samples = [(x, int(y)) for e in experiences for x, y, *_ in e.dataset.eval()]
+    z = strategy.model.eval().features(torch.stack([x for x, _ in samples]))
+    return F.normalize(z, dim=-1), torch.tensor([y for _, y in samples])
+
+
+def _means(z: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([z[y == c].mean(0) for c in y.unique()])
+
+
+@pytest.mark.parametrize("benchmark_name", ["class_benchmark", "domain_benchmark"])
+def test_ncm_does_not_depend_on_how_the_stream_is_split(
+    benchmark_name: str, make_strategy: Any, train: Any, request: pytest.FixtureRequest
+) -> None:
+    benchmark = request.getfixturevalue(benchmark_name)
+    strategy = train(make_strategy("ncm"), benchmark)
+    expected = _means(*_features(strategy, benchmark.train_stream))
+    torch.testing.assert_close(strategy.model.head.rows, expected, rtol=0, atol=1e-5)
+    assert strategy.model.head.counts.sum() == sum(len(e.dataset) for e in benchmark.train_stream)
+
+
+def test_rows_of_an_experience_are_its_means_under_the_final_model(
+    make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    strategy = train(make_strategy("fm_lora", lr_core=0.05), class_benchmark)
+    z, y = _features(strategy, [class_benchmark.train_stream[2]])
+    torch.testing.assert_close(strategy.model.head.rows[4:], F.normalize(_means(z, y), dim=-1), rtol=0, atol=1e-5)
+    norms = strategy.model.head.rows.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones(6), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [0.1, 10.0])
+def test_past_rows_follow_the_drift_where_that_explains_it(
+    ridge: float, make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    """Twin: both passes by hand, then the ridge map if it explains held-out drift."""
+    strategy = make_strategy("fm_lora", transport_ridge=ridge, lr_core=0.05, distillation=0.0)
+    train(strategy, class_benchmark, n=1)
+    rows = strategy.model.head.rows.clone()
+    second = class_benchmark.train_stream[1]
+    before, _ = _features(strategy, [second])
+    strategy.train(second)
+    after, _ = _features(strategy, [second])
+    plugin = next(p for p in strategy.plugins if isinstance(p, ClassMeanPlugin))
+    gain = functional.transport_gain(before, after, ridge).item()
+    assert plugin.gains == [pytest.approx(gain, abs=1e-4)]
+    moved = functional.transport_rows(rows, functional.ridge_transport(before, after, ridge)) if gain > 0 else rows
+    torch.testing.assert_close(strategy.model.head.rows[:2], moved, rtol=0, atol=1e-4)
+    if ridge < 1:
+        assert gain > 0
+        assert (moved - rows).abs().max() > 1e-3
+
+
+def test_distillation_holds_the_cosines_to_past_rows(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    """Change of the cosines to past rows on the images of the experience, with and without the term."""
+    changes = []
+    for weight in (0.0, 100.0):
+        strategy = make_strategy("fm_lora", distillation=weight, row_transport=False, lr_core=0.02, train_epochs=8)
+        train(strategy, class_benchmark, n=1)
+        second = class_benchmark.train_stream[1]
+        rows, (before, _) = strategy.model.head.rows.clone(), _features(strategy, [second])
+        strategy.train(second)
+        after, _ = _features(strategy, [second])
+        changes.append(((after - before) @ rows.T).square().sum(-1).mean().item())
+    assert changes[1] < 0.3 * changes[0]
+
+
+def test_the_stability_term_keeps_the_core_in_place(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    changes = []
+    for weight in (0.0, 10.0):
+        cores: list[Tensor] = []
+        strategy = make_strategy("fm_lora", stability=weight, lr_core=0.02, train_epochs=8)
+        train(strategy, class_benchmark, n=2, after=lambda s, to=cores: to.append(s.model.lora.layers[0].core.clone()))
+        changes.append((cores[1] - cores[0]).norm().item())
+    assert changes[1] < 0.5 * changes[0]
+
+
+@pytest.mark.parametrize(("step", "shares"), [(0.5, [0.5, 0.5]), ("1/t", [1 / 2, 1 / 3]), (1.0, [1.0, 1.0])])
+def test_the_averaged_step_keeps_its_share(
+    step: Any, shares: list[float], make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    from avalanche.core import SupervisedPlugin
+
+    taken: list[float] = []
+
+    class Twin(SupervisedPlugin):
+        def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            self.old = strategy.model.lora.layers[0].core.clone()
+
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            self.full = strategy.model.lora.layers[0].effective_core().detach() - self.old
+
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            if int(strategy.model.lora.experiences) > 1:
+                change = strategy.model.lora.layers[0].core - self.old
+                share = (change * self.full).sum() / self.full.square().sum()
+                torch.testing.assert_close(change, share * self.full, rtol=0, atol=1e-6)
+                taken.append(share.item())
+
+    train(make_strategy("fm_lora", core_step=step, lr_core=0.02, plugins=[Twin()]), class_benchmark)
+    assert taken == pytest.approx(shares, rel=1e-4)
