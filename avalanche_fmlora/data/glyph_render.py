@@ -149,7 +149,7 @@ def draw_looks(rng: np.random.Generator, count: int, difficulty: float) -> Look:
 
 
 def place(masks: Tensor, look: Look) -> Tensor:
-    """Masks float [B, 1, MASK_SIZE, MASK_SIZE] in [0, 1] -> moved, warped, re-weighted ink [B, 1, H, W]; H = IMAGE_SIZE."""
+    """Masks [B, 1, MASK_SIZE, MASK_SIZE] in [0, 1] -> moved, warped, re-weighted ink [B, 1, IMAGE_SIZE, IMAGE_SIZE]."""
     side = 2 * IMAGE_SIZE
     grid = F.affine_grid(torch.from_numpy(look.affine), [len(masks), 1, side, side], align_corners=False)
     warp = F.interpolate(torch.from_numpy(look.warp), size=(side, side), mode="bilinear", align_corners=True)
@@ -188,11 +188,16 @@ def soften(images: Tensor, amount: np.ndarray) -> Tensor:
 def render(masks: Tensor, look: Look) -> Tensor:
     """Masks float [B, 1, MASK_SIZE, MASK_SIZE] and looks -> images float [B, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1]."""
     alpha = place(masks, look)
-    amplitude = torch.from_numpy(look.stripes[:, 3])[:, None, None, None]
-    paper = colour(look.paper) + spread_field(look.texture) + amplitude * waves(look.stripes)
-    ink = colour(look.ink) + spread_field(look.ink_texture)
+    paper, ink = layers(look)
     images = soften(paper + alpha * (ink - paper), look.blur)
     return (images + torch.from_numpy(look.noise)).clamp_(0, 1)
+
+
+def layers(look: Look) -> tuple[Tensor, Tensor]:
+    """Textured, striped paper and textured ink, both [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
+    amplitude = torch.from_numpy(look.stripes[:, 3])[:, None, None, None]
+    paper = colour(look.paper) + spread_field(look.texture) + amplitude * waves(look.stripes)
+    return paper, colour(look.ink) + spread_field(look.ink_texture)
 
 
 def likeness(first: str, second: str, faces: Sequence[str], *, mirrored: bool = False) -> np.ndarray:

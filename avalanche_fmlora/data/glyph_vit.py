@@ -80,7 +80,8 @@ def fold_batch_norm(vit: VisionTransformer) -> VisionTransformer:
         bn = layer.bn
         if not isinstance(bn, nn.BatchNorm2d):
             continue
-        assert bn.running_var is not None and bn.running_mean is not None
+        assert bn.running_var is not None
+        assert bn.running_mean is not None
         gain = bn.weight / torch.sqrt(bn.running_var + bn.eps)
         prefix = f"patch_embed.backbone.{i}.conv"
         state[f"{prefix}.weight"] = layer.conv.weight * gain[:, None, None, None]

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+
+from avalanche_fmlora.data import glyph_vit as packaged
+from avalanche_fmlora.data.glyph_render import FACES, IMAGE_SIZE, available_faces, glyph_mask, likeness
+from avalanche_fmlora.data.glyphs import (
+    DOMAIN_CHARACTERS,
+    MAX_LIKENESS,
+    MAX_MIRRORED_LIKENESS,
+    PRETRAINING_CHARACTERS,
+    SPLIT_CHARACTERS,
+    STYLES,
+    _images,
+    domain_glyphs,
+    faces_of,
+    glyph_image,
+    split_glyphs,
+)
+
+CLASSES = SPLIT_CHARACTERS + DOMAIN_CHARACTERS
+COMPARED_FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic")
+
+
+def features(vit: VisionTransformer, images: np.ndarray) -> torch.Tensor:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (packaged.GLYPH_VIT_MEAN, packaged.GLYPH_VIT_STD))
+    x = (torch.tensor(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        return F.normalize(torch.cat([vit(part) for part in x.split(250)]), dim=1)
+
+
+def class_mean_accuracy(train: tuple[torch.Tensor, np.ndarray], test: tuple[torch.Tensor, np.ndarray]) -> float:
+    n_classes = int(train[1].max()) + 1
+    means = torch.stack([train[0][torch.tensor(train[1] == c)].mean(0) for c in range(n_classes)])
+    predicted = (test[0] @ F.normalize(means, dim=1).T).argmax(1)
+    return float((predicted == torch.tensor(test[1])).float().mean())
+
+
+def test_character_lists_are_disjoint_and_drawn_in_enough_faces() -> None:
+    everything = CLASSES + PRETRAINING_CHARACTERS
+    assert (len(SPLIT_CHARACTERS), len(DOMAIN_CHARACTERS), len(PRETRAINING_CHARACTERS)) == (100, 20, 639)
+    assert len(set(everything)) == len(everything)
+    assert all(available_faces(char) == FACES for char in CLASSES)
+    assert all(len(available_faces(char)) >= 4 for char in PRETRAINING_CHARACTERS)
+
+
+def test_likeness_sees_one_shape_in_different_scripts_sizes_and_turns() -> None:
+    latin_greek_cyrillic = likeness("A", "ΑА", COMPARED_FACES)
+    assert np.allclose(latin_greek_cyrillic, 1, atol=1e-3)
+    assert likeness("oVI", "OvlX", COMPARED_FACES)[[0, 1, 2], [0, 1, 2]].min() > 0.95
+    assert likeness("d", "p", COMPARED_FACES, mirrored=True)[0, 0] > MAX_MIRRORED_LIKENESS
+    assert likeness("w", "j", COMPARED_FACES)[0, 0] < 0.5
+
+
+def test_no_two_classes_look_alike() -> None:
+    straight, mirrored = (likeness(CLASSES, CLASSES, COMPARED_FACES, mirrored=m) for m in (False, True))
+    np.fill_diagonal(straight, 0)
+    np.fill_diagonal(mirrored, 0)
+    assert straight.max() < MAX_LIKENESS
+    assert mirrored.max() < MAX_MIRRORED_LIKENESS
+
+
+def test_no_class_looks_like_a_pretraining_character() -> None:
+    assert likeness(CLASSES, PRETRAINING_CHARACTERS, COMPARED_FACES).max() < MAX_LIKENESS
+
+
+def test_test_faces_are_new_to_the_class() -> None:
+    for seed in (0, 1):
+        for char in CLASSES:
+            train, test = faces_of(char, "train", seed), faces_of(char, "test", seed)
+            assert (len(train), len(test)) == (9, 3)
+            assert set(train) | set(test) == set(FACES)
+    assert len({faces_of(char, "test") for char in CLASSES}) == 4
+
+
+def test_an_image_depends_on_its_class_split_index_style_and_seed_alone() -> None:
+    few = _images("agw", None, 0, 2, 0, IMAGE_SIZE)
+    _images.cache_clear()
+    assert _images("agw", None, 0, 2, 0, IMAGE_SIZE).digest() == few.digest()
+    other_order = _images("wga", None, 0, 5, 0, IMAGE_SIZE)
+    assert np.array_equal(other_order.images[[10, 11, 5, 6, 0, 1]], few.images)
+    image = glyph_image("a", 0, "train")
+    assert np.array_equal(image, few.images[0])
+    changed = [
+        glyph_image("a", 1, "train"),
+        glyph_image("a", 0, "test"),
+        glyph_image("a", 0, "train", seed=1),
+        *(glyph_image("a", 0, "train", style=style) for style in STYLES),
+    ]
+    assert all(np.abs(image.astype(int) - c).mean() > 5 for c in changed)
+
+
+def test_split_glyphs_shapes_counts_and_labels() -> None:
+    benchmark = split_glyphs(n_experiences=5, class_order_seed=3, train_per_class=2, test_per_class=1)
+    info = benchmark.info
+    assert (info.kind, info.image_size, info.n_train, info.n_test) == ("class_incremental", 32, (40,) * 5, (20,) * 5)
+    assert sorted(info.class_names) == sorted(SPLIT_CHARACTERS)
+    assert info.class_names[0] == SPLIT_CHARACTERS[info.class_order[0]]
+    x, y, *_ = benchmark.test_stream[4].dataset[0]
+    assert (x.dtype, tuple(x.shape), y) == (torch.float32, (3, 32, 32), 80)
+    raw = glyph_image(info.class_names[80], 0, "test")
+    assert torch.allclose(x * 0.25 + 0.5, torch.tensor(raw).permute(2, 0, 1) / 255, atol=1e-6)
+    assert info.split_hash == split_glyphs(n_experiences=10, train_per_class=2, test_per_class=1).info.split_hash
+
+
+def test_domain_glyphs_shapes_counts_and_labels() -> None:
+    benchmark = domain_glyphs(train_per_class=2, test_per_class=1, image_size=40)
+    info = benchmark.info
+    assert info.experience_names == ("ink", "neon", "chalk", "stripes", "mosaic")
+    assert (info.image_size, info.n_train, info.n_test) == (40, (40,) * 5, (20,) * 5)
+    for experience in benchmark.train_stream:
+        assert sorted(set(experience.dataset.targets)) == list(range(20))
+    assert tuple(benchmark.train_stream[0].dataset[0][0].shape) == (3, 40, 40)
+
+
+def test_mistaken_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="`train_per_class` to be at least 1 but got 0"):
+        split_glyphs(train_per_class=0)
+    with pytest.raises(ValueError, match="`image_size` to be at least 8 but got 4"):
+        domain_glyphs(image_size=4)
+    with pytest.raises(ValueError, match=r"U\+0020"):
+        glyph_mask(" ", "DejaVuSans")
+
+
+def test_packaged_weights_are_small_plain_timm_and_the_ones_described() -> None:
+    path = files("avalanche_fmlora") / "assets" / "glyph_vit.safetensors"
+    assert len(path.read_bytes()) <= 4 * 2**20
+    facts = packaged.glyph_vit_facts()
+    assert packaged.glyph_vit_sha256() == facts["sha256"]
+    assert facts["characters"] == len(PRETRAINING_CHARACTERS)
+    vit = packaged.glyph_vit()
+    assert type(vit) is VisionTransformer
+    assert not vit.training
+    assert {p.dtype for p in vit.parameters()} == {torch.float32}
+    assert {type(m).__module__.split(".")[0] for m in vit.modules()} <= {"torch", "timm"}
+    assert not list(vit.buffers())
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(vit(x), vit.train()(x))
+    assert not torch.equal(vit(x), packaged.glyph_vit(pretrained=False)(x))
+
+
+def test_folding_keeps_the_output() -> None:
+    torch.manual_seed(0)
+    vit = packaged.build_glyph_vit(batch_norm=True)
+    x = torch.randn(8, 3, 32, 32)
+    vit.train()(x)
+    folded = packaged.fold_batch_norm(vit.eval())
+    assert torch.allclose(folded(x), vit(x), atol=1e-5)
+
+
+def test_frozen_class_means_leave_room_on_split_glyphs() -> None:
+    train, test = (_images(SPLIT_CHARACTERS, None, s, n, 0, IMAGE_SIZE) for s, n in ((0, 36), (1, 10)))
+    vit = packaged.glyph_vit()
+    accuracy = class_mean_accuracy(
+        (features(vit, train.images), train.labels), (features(vit, test.images), test.labels)
+    )
+    assert 0.35 <= accuracy <= 0.75
