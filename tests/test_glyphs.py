@@ -155,7 +155,7 @@ def test_folding_keeps_the_output() -> None:
 
 
 def test_frozen_class_means_leave_room_on_split_glyphs() -> None:
-    train, test = (_images(SPLIT_CHARACTERS, None, s, n, 0, IMAGE_SIZE) for s, n in ((0, 36), (1, 10)))
+    train, test = (_images(SPLIT_CHARACTERS, None, s, n, 0, IMAGE_SIZE) for s, n in ((0, 12), (1, 6)))
     vit = packaged.glyph_vit()
     accuracy = class_mean_accuracy(
         (features(vit, train.images), train.labels), (features(vit, test.images), test.labels)

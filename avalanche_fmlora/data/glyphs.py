@@ -175,6 +175,7 @@ def _images(chars: str, style: str | None, split: int, count: int, seed: int, im
     images = np.stack(
         [glyph_image(c, k, name, style=style, seed=seed, image_size=image_size) for c in chars for k in range(count)]
     )
+    images = np.ascontiguousarray(images)
     labels = np.repeat(np.arange(len(chars)), count)
     images.flags.writeable = labels.flags.writeable = False
     return ImageSet(images, labels)
