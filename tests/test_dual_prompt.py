@@ -211,6 +211,9 @@ def test_unseen_keys_compete_only_if_asked(make_vit: Any, photos: Tensor) -> Non
         query = pool.keys[2:3].clone()
         pool(query)
         assert pool.last_index.tolist() == [expected]
+        pool.begin()
+        pool.train()(query)
+        assert pool.last_index.tolist() == [1]
 
 
 def test_experts_are_the_same_made_in_advance_or_one_by_one() -> None:

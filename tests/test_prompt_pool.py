@@ -208,3 +208,11 @@ def test_the_loss_leaves_other_classes_out(make_strategy: Any, make_vit: Any, im
     expected = torch.stack([-x.log_softmax(0)[y] for x, y in zip(logits, [0, 1, 0, 0, 1], strict=True)]).mean()
     extra = strategy.model.extra_loss()
     torch.testing.assert_close(strategy.criterion(), expected + (0 if extra is None else extra))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compile_is_taken_and_changes_nothing(make_strategy: Any, make_vit: Any, images: Tensor, name: str) -> None:
+    plain, compiled = (make_strategy(name, make_vit(), compile=c) for c in (False, True))
+    for strategy in (plain, compiled):
+        strategy.model.begin([0, 1])
+    assert torch.equal(plain._features(images), compiled._features(images))

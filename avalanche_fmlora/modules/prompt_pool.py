@@ -128,7 +128,6 @@ class QueryCache:
         self.hits = self.misses = 0
 
     @torch.no_grad()
-    @torch.compiler.disable(recursive=False)
     def lookup(self, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Queries [B, D] of images [B, ...]; `encode` is called for those that are not known, if there are any."""
         if not self.enabled:
@@ -225,8 +224,9 @@ class PromptedNetwork(ContinualNetwork):
             return self.queries.lookup(images, self._encode)
         return self._encode(images)
 
+    @torch.compiler.disable
     def features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D]."""
+        """[B, 3, H, W] -> [B, D]; never compiled: prefixes and cache are no fixed graph."""
         query = self.query(images)
         # Which prompt is chosen shall not hang on half precision, and at test time nothing trains.
         with (

@@ -155,7 +155,7 @@ class DualPromptPool(PromptPool):
         )  # a view made without autograd requires it still
         prefixes = {block: (g[0], g[1]) for block, g in zip(self.g_blocks, general, strict=True)}
         if self.training and self.active_expert is not None and self.active_key is not None:
-            self.last_index = torch.full((len(query),), len(self._allowed_keys()) - 1, device=query.device)
+            self.last_index = (self.experiences - 1).expand(len(query))
             self.last_cosines = cosines(query, self.active_key[None])[:, 0]
             return prefixes | {b: (e[0], e[1]) for b, e in zip(self.e_blocks, self.active_expert, strict=True)}
         self.last_index = self.last_cosines = None
