@@ -38,6 +38,8 @@ class IncrementalHead(nn.Module):
     seen: Tensor
     counts: Tensor
     active: Tensor
+    active_rows: nn.Parameter | None
+    active_bias: nn.Parameter | None
 
     def __init__(self, dim: int, *, cosine: bool = True, scale: float = 16.0, seed: int = 0) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class IncrementalHead(nn.Module):
             self.rows[self.active] = self.active_rows.detach()
         if self.active_bias is not None:
             self.bias[self.active] = self.active_bias.detach()
-        self.active_rows = self.active_bias = None
+        self.active_rows, self.active_bias = None, None
         self.active = self.active[:0]
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class ContinualNetwork(nn.Module):
         return {name: [p for p in ps if p.requires_grad] for name, ps in groups.items()}
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Everything but the backbone's own weights and the rank selector, which each experience sets anew: a state dict."""
+        """A state dict without the backbone's own weights and the rank selector, which each experience sets anew."""
         own = self.state_dict()
         return {k: v for k, v in own.items() if k not in self._backbone and not k.startswith("selector.")}
 

@@ -127,7 +127,7 @@ class FMLoRAStrategy(ContinualStrategy):
         """Low-rank updates in the chosen maps, a prompt at the input."""
         config, head = self.config, self.build_head(vit)
         if config.rank_selection is not None:
-            RankSelector(config.rank, config.rank_selection.candidates)  # refuses candidates before the model is changed
+            RankSelector(config.rank, config.rank_selection.candidates)  # may refuse: before the model is changed
         layers = adapt_linears(vit, config.targets, config.blocks, config.rank, config.scale)
         prompt = MetaPrompt(config.prompt_length, vit.embed_dim) if config.prompt_length else None
         return ContinualNetwork(vit, head, FactorizedLoRA(layers, config.bases, config.seed), prompt)

@@ -13,10 +13,12 @@ import safetensors.torch
 from torch import Tensor
 
 _FORMAT = "avalanche_fmlora adapter 1"
-_OF_THE_MODEL = frozenset(
-    ("rank", "targets", "blocks", "scale", "bases", "classifier", "logit_scale", "prompt_length", "pool_size", "top_k")
-    + ("prompt_position", "batchwise", "g_length", "e_length", "g_blocks", "e_blocks", "n_tasks", "restrict_to_seen")
-)
+# fmt: off
+_OF_THE_MODEL = {
+    "rank", "targets", "blocks", "scale", "bases", "classifier", "logit_scale", "prompt_length", "pool_size", "top_k",
+    "prompt_position", "batchwise", "g_length", "e_length", "g_blocks", "e_blocks", "n_tasks", "restrict_to_seen",
+}
+# fmt: on
 """Options that say what the tensors mean; all others only matter to training."""
 
 
@@ -61,7 +63,7 @@ def load_adapter(path: Path, method: str, config: dict[str, Any]) -> dict[str, T
     if other:
         own = {k: config[k] for k in other}
         raise ValueError(
-            f"{path} was saved with {other} but this strategy has {own}: build the strategy with the options that it was "
-            "saved with."
+            f"{path} was saved with {other} but this strategy has {own}: "
+            "build the strategy with the options that it was saved with."
         )
     return state
