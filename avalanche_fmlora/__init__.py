@@ -16,6 +16,11 @@ _WHERE = {
     "LinearProbeStrategy": "strategies.linear_probe",
     "NCMStrategy": "strategies.ncm",
     "JointStrategy": "strategies.joint",
+    "L2PStrategy": "strategies.l2p",
+    "DualPromptStrategy": "strategies.dual_prompt",
+    "CODAPromptStrategy": "strategies.coda_prompt",
+    "InfLoRAStrategy": "strategies.inflora",
+    "SDLoRAStrategy": "strategies.sd_lora",
     "RankSelectionPlugin": "plugins.rank_selection",
     "MetaPromptPlugin": "plugins.meta_prompt",
     "split_glyphs": "data.glyphs",
@@ -34,10 +39,15 @@ if TYPE_CHECKING:
     from avalanche_fmlora.data.image_folder import image_folder as image_folder
     from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin
     from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
+    from avalanche_fmlora.strategies.coda_prompt import CODAPromptStrategy as CODAPromptStrategy
+    from avalanche_fmlora.strategies.dual_prompt import DualPromptStrategy as DualPromptStrategy
     from avalanche_fmlora.strategies.fm_lora import FMLoRAStrategy as FMLoRAStrategy
+    from avalanche_fmlora.strategies.inflora import InfLoRAStrategy as InfLoRAStrategy
     from avalanche_fmlora.strategies.joint import JointStrategy as JointStrategy
+    from avalanche_fmlora.strategies.l2p import L2PStrategy as L2PStrategy
     from avalanche_fmlora.strategies.linear_probe import LinearProbeStrategy as LinearProbeStrategy
     from avalanche_fmlora.strategies.ncm import NCMStrategy as NCMStrategy
+    from avalanche_fmlora.strategies.sd_lora import SDLoRAStrategy as SDLoRAStrategy
     from avalanche_fmlora.strategies.seq_lora import SeqLoRAStrategy as SeqLoRAStrategy
 
 

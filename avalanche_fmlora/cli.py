@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,7 +229,9 @@ def _prepare(level: int) -> None:
     """Plain messages on standard error; silence about what other packages' imports have to say."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("avalanche_fmlora").setLevel(level)
-    warnings.filterwarnings("ignore", message="no QP solver found")
+    from avalanche_fmlora.sweep import quiet_imports
+
+    quiet_imports()
 
 
 @contextmanager

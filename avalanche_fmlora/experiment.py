@@ -85,7 +85,7 @@ def run(
     backbone = make_backbone(config, data_root)
     benchmark = make_benchmark(config, backbone, data_root)
     torch.manual_seed(config.seed)
-    strategy = _make_strategy(config, backbone, device)
+    strategy = _make_strategy(config, backbone, device, len(benchmark.train_stream))
     if progress:
         strategy.plugins.append(ProgressPlugin())
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
@@ -110,14 +110,17 @@ def run(
     return record
 
 
-def _make_strategy(config: RunConfig, backbone: Backbone, device: str) -> ContinualStrategy:
+def _make_strategy(config: RunConfig, backbone: Backbone, device: str, n_experiences: int) -> ContinualStrategy:
+    """The strategy; methods that plan for a number of experiences (`n_tasks`) get it from the data unless set."""
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.training.plugins import EvaluationPlugin
 
-    cls = method_class(config.method)
+    cls, options = method_class(config.method), config.resolved_method()
+    if getattr(options, "n_tasks", None) is not None and "n_tasks" not in config.method_options:
+        options = options.model_copy(update={"n_tasks": n_experiences})
     return cls(
         model=backbone.model,
-        config=config.resolved_method(),
+        config=options,
         train_mb_size=config.training.batch_size,
         train_epochs=config.training.epochs,
         eval_mb_size=config.training.eval_batch_size,

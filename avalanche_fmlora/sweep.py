@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -117,7 +118,14 @@ def _in_processes(
     pool.shutdown()
 
 
+def quiet_imports() -> None:
+    """Leave out what Avalanche's imports and an evaluator without loggers have to say: nothing a user could mend."""
+    warnings.filterwarnings("ignore", message="no QP solver found")
+    warnings.filterwarnings("ignore", message="No loggers specified")
+
+
 def _quiet_worker(threads: int) -> None:
     """Ctrl-C is the parent's business; thread pools read the environment when they start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_imports()
     os.environ["OMP_NUM_THREADS"] = str(threads)

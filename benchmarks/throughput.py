@@ -63,9 +63,8 @@ def bare_step(options: argparse.Namespace, images: Tensor, labels: Tensor) -> Ca
 def make_strategy(options: argparse.Namespace, **changes: Any) -> Any:
     from avalanche_fmlora import FMLoRAStrategy
 
-    return FMLoRAStrategy(
-        model=make_vit(options), rank=options.rank, train_mb_size=options.batch, train_epochs=1, evaluator=None, **changes
-    )
+    common = {"rank": options.rank, "train_mb_size": options.batch, "train_epochs": 1, "evaluator": None}
+    return FMLoRAStrategy(model=make_vit(options), **common, **changes)
 
 
 def make_stream(options: argparse.Namespace, n_experiences: int) -> Any:
@@ -117,7 +116,7 @@ def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     labels = torch.randint(0, 10, (options.batch,))
     bare = bare_step(options, images, labels)
     rows = []
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "F-LoRA alone": {"rank_selection": None, "prompt_length": 0, "distillation": 0.0},
         "F-LoRA + DRS + DMP": {"distillation": 0.0},
         "default (free teacher: one more pass)": {},

@@ -1,7 +1,7 @@
 """Images in memory -> Avalanche benchmark: what all data sets of this package share.
 
-Every data set file ends in a call of :func:`class_incremental` or :func:`domain_incremental`. The result is an
-ordinary Avalanche benchmark with one more attribute, ``info`` (:class:`BenchmarkInfo`), which goes into the result record.
+Every data set file ends in a call of :func:`class_incremental` or :func:`domain_incremental`. The result is an ordinary
+Avalanche benchmark with one more attribute, ``info`` (:class:`BenchmarkInfo`), which goes into the result record.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ImageSet:
 
     def digest(self) -> str:
         """sha256 of images and labels, in order: 64 hexadecimal digits."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels.astype(np.int64)))
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.astype(np.int64).tobytes())
         return digest.hexdigest()
 
 

@@ -37,7 +37,8 @@ class JointStrategy(SeqLoRAStrategy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._experiences: list[Any] = []
-        self.train_epochs = self.config.epochs or self.train_epochs
+        if self.config.epochs is not None:
+            self.train_epochs = self.config.epochs
 
     def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
         """Train on all experiences as one.
