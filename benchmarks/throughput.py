@@ -3,14 +3,17 @@
     python benchmarks/throughput.py --out benchmarks/results/throughput.csv
 
 FM-LoRA's training step against a bare PyTorch loop that trains a plain LoRA of the same rank on the same ViT; merged
-inference against the bare timm model; step time and stored parameters at a late experience against an early one.
-The two sides of a ratio take turns, step by step, so that a busy machine slows both.
+inference against the bare timm model; step time, memory and stored parameters at a late experience against an early
+one; a step of the prompt methods against one pass without autograd and one with, over the same tokens. The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the process's
+resident set within a step (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avalanche_fmlora.data.base import ImageSet, class_incremental
+from avalanche_fmlora.modules.vit import forward_features
 
 
 class BareLoRA(nn.Module):
@@ -151,11 +155,89 @@ def long_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     stored = [s.model.stored_parameters() for s in (late, early)]
     steps = [in_training(late, stream[options.late - 1]), in_training(early, stream[1])]
     seconds = alternate(steps, options.repeats)
+    memory = [peak_growth(step) for step in steps]
     name = f"experience {options.late} / experience 2"
     return [
         {"what": f"training step, {name}", "ratio": seconds[0] / seconds[1], "bound": 1.03},
+        {"what": f"memory of a training step, {name}", "ratio": memory[0] / memory[1], "bound": 1.03},
         {"what": f"stored adapter parameters, {name}", "ratio": stored[0] / stored[1], "bound": 1.0},
     ]
+
+
+def peak_growth(step: Callable[[], Any], repeats: int = 3) -> int:
+    """Bytes by which the process's resident set grows at most within a step: the smallest of some repeats."""
+
+    def kilobytes(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) if found else 0
+
+    growths = []
+    for _ in range(repeats):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = kilobytes("VmRSS")
+        step()
+        growths.append(kilobytes("VmHWM") - before)
+    return 1024 * min(growths)
+
+
+def bare_prompt_step(options: argparse.Namespace, method: str, images: Tensor) -> Callable[[], None]:
+    """A pass without autograd and one with, through the frozen ViT with as many prompt or prefix tokens as the method."""
+    vit = make_vit(options).eval().requires_grad_(False)
+    dim, labels = vit.num_features, torch.randint(0, 10, (len(images),))
+    prompt = nn.Parameter(torch.randn(25, dim)) if method == "l2p" else None
+    lengths = {"dual_prompt": [5] * 5, "coda_prompt": [4] * 5}.get(method, [])
+    prefixes = {
+        i: (nn.Parameter(torch.randn(n, dim)), nn.Parameter(torch.randn(n, dim))) for i, n in enumerate(lengths)
+    }
+    head = nn.Linear(dim, 10)
+    trained = [
+        *head.parameters(),
+        *([] if prompt is None else [prompt]),
+        *(p for pair in prefixes.values() for p in pair),
+    ]
+    optimizer = torch.optim.Adam(trained, 1e-3)
+
+    def step() -> None:
+        with torch.no_grad():
+            forward_features(vit, images)
+        optimizer.zero_grad()
+        F.cross_entropy(head(forward_features(vit, images, prompt, prefixes)), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def prompt_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from avalanche_fmlora.strategies.registry import method as strategy_class
+
+    stream, rows = make_stream(options, 2), []
+    images = torch.randn(options.batch, 3, options.image_size, options.image_size)
+    for name in ("l2p", "dual_prompt", "coda_prompt"):
+        steps = []
+        for cache in (False, True):
+            strategy = strategy_class(name)(
+                model=make_vit(options),
+                train_mb_size=options.batch,
+                train_epochs=1,
+                evaluator=None,
+                cache_queries=cache,
+            )
+            steps.append(in_training(strategy, stream[0]))
+        steps.append(bare_prompt_step(options, name, images))
+        steps[1]()  # the first epoch fills the cache
+        ours, cached, bare = alternate(steps, options.repeats)
+        memory = [peak_growth(steps[0]), peak_growth(steps[2])]
+        rows += [
+            {"what": f"training step, {name} / two bare passes", "ratio": ours / bare, "bound": 1.10},
+            {
+                "what": f"memory of a training step, {name} / two bare passes",
+                "ratio": memory[0] / memory[1],
+                "bound": 1.0,
+            },
+            {"what": f"training step, {name} with cached queries / without", "ratio": cached / ours, "bound": ""},
+        ]
+    return rows
 
 
 def main() -> None:
@@ -171,7 +253,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="no QP solver found")
-    rows = [*training_rows(options), inference_row(options), *long_rows(options)]
+    rows = [*training_rows(options), inference_row(options), *long_rows(options), *prompt_rows(options)]
     for row in rows:
         print(f"{row['what']:70} {row['ratio']:.3f} (bound {row['bound']})")
     with options.out.open("w", newline="") as file:

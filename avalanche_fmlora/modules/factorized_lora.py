@@ -208,8 +208,9 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         return {"bases": [p for x in self.layers for p in (x.up, x.down)], "core": cores}
 
     def stored_parameters(self) -> int:
-        """Numbers kept between experiences: 2·D·R + R² a map, whatever the number of experiences."""
-        return sum(x.up.numel() + x.down.numel() + x.core.numel() for x in self.layers)
+        """Numbers kept between experiences: 2·D·R + R² a map, always the same; a plain LoRA has no core (C = I)."""
+        cores = 0 if self.bases == "sequential" else sum(x.core.numel() for x in self.layers)
+        return cores + sum(x.up.numel() + x.down.numel() for x in self.layers)
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
