@@ -4,7 +4,9 @@
 
 FM-LoRA's training step against a bare PyTorch loop that trains a plain LoRA of the same rank on the same ViT; merged
 inference against the bare timm model; step time, memory and stored parameters at a late experience against an early
-one; a step of the prompt methods against one pass without autograd and one with, over the same tokens. The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the process's
+one; a step of the prompt methods against one pass without autograd and one with, over the same tokens.
+
+The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the process's
 resident set within a step (Linux).
 """
 
@@ -182,7 +184,7 @@ def peak_growth(step: Callable[[], Any], repeats: int = 3) -> int:
 
 
 def bare_prompt_step(options: argparse.Namespace, method: str, images: Tensor) -> Callable[[], None]:
-    """A pass without autograd and one with, through the frozen ViT with as many prompt or prefix tokens as the method."""
+    """A pass without autograd and one with, through the frozen ViT with the method's number of prompts or prefixes."""
     vit = make_vit(options).eval().requires_grad_(False)
     dim, labels = vit.num_features, torch.randint(0, 10, (len(images),))
     prompt = nn.Parameter(torch.randn(25, dim)) if method == "l2p" else None

@@ -53,7 +53,7 @@ class RankSelector(nn.Module):
 
     @torch.no_grad()
     def begin(self, complexity: float, similarity: float) -> float:
-        """Set the prior for an experience, forget δ; returns the target rank r*."""
+        """Set the prior for an experience of this relative complexity, forget δ; returns the target rank r*."""
         low, high = int(self.candidates[0]), int(self.candidates[-1])
         target = functional.target_rank(complexity, similarity, low, high)
         self.prior.copy_(functional.rank_prior(self.candidates, target, self.sigma * self.rank).expand_as(self.prior))

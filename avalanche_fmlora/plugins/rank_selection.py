@@ -19,7 +19,8 @@ class RankSelectionPlugin(SupervisedPlugin):
 
     Before the experience it measures complexity H and similarity; while the first share of the iterations runs it draws
     ranks by straight-through Gumbel-Softmax with a falling temperature; then the likeliest rank is kept. In an
-    experience that learns the bases themselves there is no update to bound: measures are logged, the rank is R.
+    experience that learns the bases themselves there is no update to bound: measures are logged, the rank is R. Later
+    complexities count relative to the first experience's, for which the bases were sized.
 
     Args:
         candidates: ranks to choose from; None means {R/8, R/4, R/2, R}.
@@ -80,7 +81,10 @@ class RankSelectionPlugin(SupervisedPlugin):
         features, labels = training_features(strategy, self.max_samples)
         complexity = float(functional.complexity(features, labels))
         similarity = self._similarity(strategy, features, labels) if int(lora.experiences) else 0.0
-        target = strategy.model.selector.begin(complexity, similarity)
+        if bool(lora.first_complexity.isnan()):
+            lora.first_complexity.fill_(complexity)
+        relative = functional.relative_complexity(complexity, float(lora.first_complexity))
+        target = strategy.model.selector.begin(relative, similarity)
         self.history.append(
             {"experience": len(self.history), "complexity": complexity, "similarity": similarity, "target": target}
         )
