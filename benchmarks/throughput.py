@@ -6,8 +6,8 @@ FM-LoRA's training step against a bare PyTorch loop that trains a plain LoRA of 
 inference against the bare timm model; step time, memory and stored parameters at a late experience against an early
 one; a step of the prompt methods against one pass without autograd and one with, over the same tokens.
 
-The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the process's
-resident set within a step (Linux).
+The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the
+process's resident set within a step (Linux).
 """
 
 from __future__ import annotations

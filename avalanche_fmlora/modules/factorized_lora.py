@@ -125,13 +125,19 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         layers: by name, in the order of the forward pass.
         bases: where the shared subspace comes from (see :meth:`FactorizedLinear.set_bases`).
         seed: of every random start.
+
+    Attributes:
+        first_complexity: complexity of the first experience, where a rank selector has measured it, else NaN.
     """
+
+    first_complexity: Tensor
 
     def __init__(self, layers: dict[str, FactorizedLinear], bases: Bases = "first_experience", seed: int = 0) -> None:
         super().__init__(layers)
         if bases not in get_args(Bases):
             raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")
         self.bases = bases
+        self.register_buffer("first_complexity", torch.tensor(float("nan")))
         self._generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
             layer.set_bases(bases, self._generator)
