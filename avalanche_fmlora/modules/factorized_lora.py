@@ -127,7 +127,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         seed: of every random start.
 
     Attributes:
-        first_complexity: complexity of the first experience, where a rank selector has measured it, else NaN.
+        first_complexity: complexity of the first experience, where a rank selector has measured it, else −1.
     """
 
     first_complexity: Tensor
@@ -137,7 +137,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         if bases not in get_args(Bases):
             raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")
         self.bases = bases
-        self.register_buffer("first_complexity", torch.tensor(float("nan")))
+        self.register_buffer("first_complexity", torch.tensor(-1.0))
         self._generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
             layer.set_bases(bases, self._generator)

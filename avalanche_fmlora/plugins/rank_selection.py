@@ -81,7 +81,7 @@ class RankSelectionPlugin(SupervisedPlugin):
         features, labels = training_features(strategy, self.max_samples)
         complexity = float(functional.complexity(features, labels))
         similarity = self._similarity(strategy, features, labels) if int(lora.experiences) else 0.0
-        if bool(lora.first_complexity.isnan()):
+        if lora.first_complexity < 0:
             lora.first_complexity.fill_(complexity)
         relative = functional.relative_complexity(complexity, float(lora.first_complexity))
         target = strategy.model.selector.begin(relative, similarity)
