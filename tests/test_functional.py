@@ -275,3 +275,11 @@ def test_slow_step_is_a_convex_combination() -> None:
     old, new = _randn(3, 3), _randn(3, 3, seed=1)
     torch.testing.assert_close(functional.slow_step(old, new, 0.3), 0.7 * old + 0.3 * new, **EXACT)
     torch.testing.assert_close(functional.slow_step(old, new, 1.0), new, **EXACT)
+
+
+@pytest.mark.parametrize(("later", "rank"), [(0.4, 8), (0.8, 8), (0.2, 4), (0.1, 2)])
+def test_a_rank_is_sized_by_the_complexity_of_the_first_experience(later: float, rank: int) -> None:
+    """As complex as the first or more: all of the subspace; half, a quarter as complex: less of it."""
+    selector = RankSelector(8, sigma=0.1)
+    selector.begin(functional.relative_complexity(later, 0.4), similarity=0.0)
+    assert selector.choose()[0] == (rank,)
