@@ -44,8 +44,8 @@ def test_the_backbone_is_not_in_the_file(trained: Any, tmp_path: Path) -> None:
     assert not [name for name in tensors if ".base." in name or "patch_embed" in name]
     head = sum(t.numel() for name, t in tensors.items() if name.startswith("head."))
     others = sum(t.numel() for t in tensors.values()) - head
-    assert others == trained.model.stored_parameters() + 2 + 4 * 16, (
-        "updates and prompt; a counter and the first complexity; the prompt's anchor"
+    assert others == trained.model.stored_parameters() + 3 + 4 * 16, (
+        "updates and prompt; two counters and the first complexity; the prompt's anchor"
     )
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -132,3 +132,12 @@ def test_an_interrupted_save_leaves_the_old_file(trained: Any, tmp_path: Path, m
         trained.save(path)
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_a_loaded_strategy_goes_on_counting(trained: Any, make_strategy: Any, tmp_path: Path) -> None:
+    """The prompt of a loaded strategy is not free again, and complexity stays relative to the first experience's."""
+    path = trained.save(tmp_path / "adapter.safetensors")
+    fresh = make_strategy("fm_lora", seed=5)
+    fresh.load(path)
+    assert int(fresh.model.prompt.experience) == int(trained.model.prompt.experience) > 0
+    assert float(fresh.model.lora.first_complexity) == float(trained.model.lora.first_complexity) >= 0

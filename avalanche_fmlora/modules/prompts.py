@@ -42,9 +42,11 @@ class MetaPrompt(nn.Module):
     Attributes:
         prompt: P, shape [L, D].
         anchor: P before the current experience, shape [L, D].
+        experience: number t of the current experience, from 1; 0 before the first.
     """
 
     anchor: Tensor
+    experience: Tensor
 
     def __init__(self, length: int, dim: int, std: float = 0.02) -> None:
         super().__init__()
@@ -54,11 +56,13 @@ class MetaPrompt(nn.Module):
             )
         self.prompt = nn.Parameter(torch.randn(length, dim) * std)
         self.register_buffer("anchor", self.prompt.detach().clone())
+        self.register_buffer("experience", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember P as P_{t−1}; it is free to move."""
         self.anchor.copy_(self.prompt)
+        self.experience += 1
         self.prompt.requires_grad_(True)
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ class MetaPromptPlugin(SupervisedPlugin):
         self.epsilon = epsilon
         self.fit_share = fit_share
         self.drift: list[float] = []
+        self._experience = 0
         self._stepped = True
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -43,6 +44,7 @@ class MetaPromptPlugin(SupervisedPlugin):
                 "MetaPromptPlugin expects a strategy whose model has a shared prompt (`model.prompt`): "
                 "give FMLoRAStrategy a `prompt_length` above 0, or leave the plugin out."
             )
+        self._experience = int(strategy.model.prompt.experience)
         self._stepped = self._experience == 1
         if not self._stepped:
             strategy.scale_rate("prompt", self.rate_share)
@@ -62,10 +64,6 @@ class MetaPromptPlugin(SupervisedPlugin):
         self._slow_step(strategy)
         strategy.model.prompt.prompt.requires_grad_(True)  # it lasts: plugins that weigh parameters see it
         self.drift.append(float(strategy.model.prompt.drift().detach().sqrt()))
-
-    @property
-    def _experience(self) -> int:
-        return len(self.drift) + 1
 
     def _slow_step(self, strategy: Any) -> None:
         if self._stepped:
