@@ -39,7 +39,13 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 def _shared(command: CommandT) -> CommandT:
     """Flags of the commands that run something."""
     for decorate in (
-        click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file; flags go before it."),
+        click.option(
+            "--config",
+            "config_files",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="YAML file; a further one goes before it, flags before all.",
+        ),
         click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder."),
         click.option("--data-root", type=click.Path(path_type=Path), help="Folder of relative data paths."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
@@ -62,7 +68,7 @@ def main() -> None:
 @click.pass_context
 def run(
     context: click.Context,
-    config_file: Path | None,
+    config_files: tuple[Path, ...],
     out: Path,
     data_root: Path | None,
     device: str,
@@ -71,12 +77,12 @@ def run(
     """Run METHOD once (default: fm_lora on the embedded characters) and write its record."""
     with _user_errors():
         _prepare(logging.INFO)
-        from avalanche_fmlora.config import check_data, make_run, read_yaml, set_option
+        from avalanche_fmlora.config import check_data, make_run, read_all, set_option
         from avalanche_fmlora.experiment import available_threads
         from avalanche_fmlora.results.record import find_record
         from avalanche_fmlora.sweep import run_and_write
 
-        options, words = read_yaml(config_file) if config_file else {}, list(context.args)
+        options, words = read_all(config_files), list(context.args)
         if words and not words[0].startswith("--"):
             options["method"] = words.pop(0)
         for name, value in _flags(words):
@@ -108,7 +114,7 @@ def compare(
     class_orders: str | None,
     seeds: str | None,
     jobs: int | None,
-    config_file: Path | None,
+    config_files: tuple[Path, ...],
     out: Path,
     data_root: Path | None,
     device: str,
@@ -121,12 +127,12 @@ def compare(
     """
     with _user_errors():
         _prepare(logging.WARNING)
-        from avalanche_fmlora.config import read_yaml
+        from avalanche_fmlora.config import read_all
         from avalanche_fmlora.experiment import available_threads
         from avalanche_fmlora.grid import expand
         from avalanche_fmlora.sweep import sweep
 
-        options = read_yaml(config_file) if config_file else {}
+        options = read_all(config_files)
         for name, text in (("methods", methods), ("class_order_seeds", class_orders), ("seeds", seeds)):
             if text is not None:
                 options[name] = [_value(part) for part in text.split(",")]

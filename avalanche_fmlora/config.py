@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +120,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"Expected {path} to hold `field: value` lines but got {type(options).__name__}.")
     return options
+
+
+def read_all(paths: Iterable[Path]) -> dict[str, Any]:
+    """Options from several YAML files; what a later one says goes before, field by field, also inside of parts."""
+    options: dict[str, Any] = {}
+    for path in paths:
+        options = _merged(options, read_yaml(path))
+    return options
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return {**below, **above, **both}
 
 
 def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
