@@ -156,12 +156,18 @@ def compare(
 @click.option(
     "--format", "style", type=click.Choice(["markdown", "csv", "latex"]), default="markdown", show_default=True
 )
-def table(folder: Path, style: Any) -> None:
+@click.option(
+    "--csv-to", type=click.Path(path_type=Path), help="Also write runs, matrix, ranks and summary as CSV here."
+)
+def table(folder: Path, style: Any, csv_to: Path | None) -> None:
     """Print the table of the records in FOLDER (default: runs)."""
     with _user_errors():
-        from avalanche_fmlora.results.table import render, summary_rows
+        from avalanche_fmlora.results.table import render, summary_rows, write_csvs
 
-        click.echo(render(summary_rows(_read(folder)), style).rstrip("\n"))
+        records = _read(folder)
+        if csv_to is not None:
+            write_csvs(records, csv_to)
+        click.echo(render(summary_rows(records), style).rstrip("\n"))
 
 
 @main.command()

@@ -108,7 +108,11 @@ def test_compare_writes_tables_and_goes_on_after_a_kill(photos: Path, tmp_path: 
         (m, o) for m in ("ncm", "linear_probe", "seq_lora") for o in "01"
     }
     assert all(Path(tmp_path / "runs" / f"{n}.csv").is_file() for n in ("matrix", "ranks", "summary"))
-    table = fmlora("table", "runs", cwd=tmp_path)
+    table = fmlora("table", "runs", "--csv-to", "again", cwd=tmp_path)
+    assert {p.name: p.read_text() for p in (tmp_path / "again").iterdir()} == {
+        f"{n}.csv": (tmp_path / "runs" / f"{n}.csv").read_text() for n in ("runs", "matrix", "ranks", "summary")
+    }
+    assert {r["benchmark"] for r in runs} == {photos.name}, "a folder of one's own is called by its name"
     assert table.stdout.count("±") >= 3
     assert table.stdout.strip() in done.stdout
 

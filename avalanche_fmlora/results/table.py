@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from avalanche_fmlora.results.record import Cost, Metrics, Record, order_key, run_id, write_atomically
@@ -71,7 +71,7 @@ class _Run(NamedTuple):
 
     def columns(self) -> Row:
         config = self.record["config"]
-        values = (self.record["id"], config["benchmark"]["name"], self.protocol_id, config["method"], self.label)
+        values = (self.record["id"], benchmark_name(self.record), self.protocol_id, config["method"], self.label)
         return dict(zip(_RUN, (*values, config["seed"], config["class_order_seed"]), strict=True))
 
 
@@ -206,6 +206,13 @@ def render(summary: Sequence[Mapping[str, Any]] | pd.DataFrame, format: Format =
     return {"csv": _csv, "markdown": _markdown, "latex": _latex}[format](lines)
 
 
+def benchmark_name(record: Record) -> str:
+    """What to call the data in a table: the name of the user's folder or archive, where there is one."""
+    benchmark = record["config"]["benchmark"]
+    path = benchmark.get("path")
+    return PurePath(path).stem if path else str(benchmark["name"])
+
+
 def _runs(records: Iterable[Record]) -> list[_Run]:
     """Records in their stable order, each with its protocol and label."""
     ordered = sorted(records, key=order_key)
@@ -222,7 +229,7 @@ def _runs(records: Iterable[Record]) -> list[_Run]:
     for record, (text, identity) in zip(ordered, protocols, strict=True):
         config = record["config"]
         options = _shown(_flat(config["method_options"]), varying[_family(record)])
-        key = (config["benchmark"]["name"], identity, config["method"], config["label"] or "")
+        key = (benchmark_name(record), identity, config["method"], config["label"] or "")
         label = " ".join(filter(None, (config["label"], options)))
         runs.append(_Run(record, (*key, _canonical(config["method_options"])), text, identity, label or None))
     return runs
@@ -239,7 +246,7 @@ def _run_row(run: _Run) -> Row:
 def _family(record: Record) -> tuple[str, str, str | None]:
     """Runs of one family are told apart by their method options."""
     config = record["config"]
-    return config["benchmark"]["name"], config["method"], config["label"]
+    return benchmark_name(record), config["method"], config["label"]
 
 
 def _protocols(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -253,7 +260,7 @@ def _protocols(records: Sequence[Record]) -> list[tuple[str, str]]:
         fact if record["status"] == "finished" else measured.get(_canonical(own), own)
         for record, own, fact in zip(records, settings, found, strict=True)
     ]
-    names = [record["config"]["benchmark"]["name"] for record in records]
+    names = [benchmark_name(record) for record in records]
     varying: dict[str, set[str]] = {}
     for name in set(names):
         same = [k for k, other in enumerate(names) if other == name]
