@@ -1,0 +1,48 @@
+"""Tables in the repository are those that the records in it give."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from avalanche_fmlora.results.record import read_records
+from avalanche_fmlora.results.table import render, summary_rows, write_csvs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted(p.parent for p in (ROOT / "benchmarks" / "results").glob("*/records"))
+TEXT = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_results() -> None:
+    assert {p.name for p in RESULTS} >= {"caltech100", "emoji20"}
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
+def test_the_table_and_the_csvs_are_current(folder: Path, tmp_path: Path) -> None:
+    records = read_records(folder / "records")
+    assert {r["status"] for r in records} == {"finished"}
+    assert render(summary_rows(records)).strip() in TEXT
+    for path in write_csvs(records, tmp_path).values():
+        assert path.read_text() == (folder / path.name).read_text(), path.name
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
+def test_records_name_data_and_weights_but_no_folder(folder: Path) -> None:
+    for record in read_records(folder / "records"):
+        config = record["config"]
+        assert "/" not in (config["benchmark"]["path"] or "")
+        assert "/" not in (config["backbone"]["weights"] or "")
+        assert record["backbone"]["sha256"] is not None
+        assert record["benchmark"]["split_hash"] is not None
+
+
+def test_the_packaged_weights_are_those_of_the_log() -> None:
+    assets = ROOT / "avalanche_fmlora" / "assets"
+    facts = json.loads((assets / "glyph_vit.json").read_text())
+    assert sha256((assets / "glyph_vit.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    last = (ROOT / "benchmarks" / "results" / "pretrain_glyphs.csv").read_text().splitlines()[-1].split(",")
+    assert int(last[1]) == facts["images"]
+    assert float(last[3]) == pytest.approx(facts["held_out_accuracy"])
