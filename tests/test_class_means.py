@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_fmlora.modules import functional
@@ -116,3 +117,26 @@ def test_the_averaged_step_keeps_its_share(
 
     train(make_strategy("fm_lora", core_step=step, lr_core=0.02, plugins=[Twin()]), class_benchmark)
     assert taken == pytest.approx(shares, rel=1e-4)
+
+
+def test_recurring_classes_keep_what_training_made_of_their_rows(
+    make_strategy: Any, train: Any, domain_benchmark: Any
+) -> None:
+    """In the first domain rows are class means; in the next they start from the mean of all and then train."""
+    strategy = train(make_strategy("fm_lora", prompt_length=0, lr_core=0.0, lr_head=0.0), domain_benchmark, n=1)
+    first = strategy.model.head.rows.clone()
+    seen: list[Any] = []
+
+    class Rows(SupervisedPlugin):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            seen.append(strategy.model.head.active_rows.detach().clone())
+
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                strategy.model.head.active_rows.add_(0.25)
+
+    strategy.plugins.append(Rows())
+    strategy.train(domain_benchmark.train_stream[1])
+    assert not torch.allclose(seen[0], first), "the start counts the new domain's images"
+    trained = seen[0] + 0.25 * strategy.train_epochs
+    torch.testing.assert_close(strategy.model.head.rows, trained / trained.norm(dim=1, keepdim=True))

@@ -29,14 +29,17 @@ class ExperiencePlugin(SupervisedPlugin):
 class ClassMeanPlugin(SupervisedPlugin):
     """Class-mean rows: new classes start as means of their normalised features and are written so again at the end.
 
+    Classes that recur (domain-incremental data) start from the mean of all their samples so far and keep what training
+    makes of them: the loss sees all of them at once, so their rows are comparable without being written anew.
+
     Args:
         train_rows: whether the rows train in between (no: nearest class mean).
-        transport: move rows of the past along with the drift of the current images' features, where a map fitted on
-            half of them explains some of the drift of the other half.
+        transport: move rows of classes that are not in the experience along with the drift of its images' features,
+            where a map fitted on half of them explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
 
     Attributes:
-        gains: share of the drift explained on held-out images, one an experience; NaN where there was no past.
+        gains: share of the drift explained on held-out images, for each experience with classes of the past to move.
     """
 
     def __init__(self, *, train_rows: bool = True, transport: bool = False, ridge: float = 10.0) -> None:
@@ -46,51 +49,56 @@ class ClassMeanPlugin(SupervisedPlugin):
         self.ridge = ridge
         self.gains: list[float] = []
         self._before: Tensor | None = None
-        self._rows_before: Tensor | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """One pass: features before the experience; they set the first rows of its classes."""
         head = strategy.model.head
-        self._rows_before = head.rows.clone()
         if not self.train_rows:
             return
         features, labels = training_features(strategy)
-        self._before = features if self.transport and bool((head.counts > 0).any()) else None
-        self._write(head, features, labels, self._rows_before, torch.zeros_like(head.counts))
+        self._before = features if self.transport and bool(self._absent(head, labels).any()) else None
+        self._write(head, features, labels, labels.unique())
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """One pass: rows of the past are moved, rows of this experience's classes written."""
+        """One pass: rows of absent classes are moved, rows of new ones written."""
         head = strategy.model.head
         features, labels = training_features(strategy)
-        rows = self._rows_before
-        assert rows is not None, "before_training_exp runs first"
         if self._before is not None:
-            rows = self._move(head, rows, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
-        counts = torch.zeros_like(head.counts)
-        self._write(head, features, labels, rows, counts)
-        head.counts += counts
-        self._before = self._rows_before = None
+            self._move(head, labels, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
+        classes = labels.unique()
+        if self.train_rows:
+            recurring = classes[head.counts[classes] > 0]
+            head.write(recurring, F.normalize(head.rows[recurring], dim=-1))
+            self._write(head, features, labels, classes[head.counts[classes] == 0])
+        else:
+            self._write(head, features, labels, classes)
+        head.counts += torch.bincount(labels, minlength=head.n_classes)
+        self._before = None
 
-    def _move(self, head: Any, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    @staticmethod
+    def _absent(head: Any, labels: Tensor) -> Tensor:
+        absent: Tensor = head.counts > 0
+        absent[labels] = False
+        return absent
+
+    def _move(self, head: Any, labels: Tensor, before: Tensor, after: Tensor) -> None:
         gain = float(functional.transport_gain(before, after, self.ridge))
         self.gains.append(gain)
-        past = head.counts > 0
         if gain <= 0:
-            return rows
-        moved = rows.clone()
-        moved[past] = functional.transport_rows(rows[past], functional.ridge_transport(before, after, self.ridge))
-        head.write(past.nonzero().squeeze(1), moved[past])
-        return moved
+            return
+        absent = self._absent(head, labels).nonzero().squeeze(1)
+        transport = functional.ridge_transport(before, after, self.ridge)
+        head.write(absent, functional.transport_rows(head.rows[absent], transport))
 
-    def _write(self, head: Any, features: Tensor, labels: Tensor, rows: Tensor, counts: Tensor) -> None:
-        """Rows of the classes in `labels`: means of all samples so far, those of the past standing in as rows · n."""
-        classes = labels.unique()
+    def _write(self, head: Any, features: Tensor, labels: Tensor, classes: Tensor) -> None:
+        """Rows of `classes`: means of all samples so far, those of the past standing in as rows · n."""
+        if not len(classes):
+            return
         means, n = functional.class_means(features, labels, classes)
         past = head.counts[classes][:, None]
-        combined = (past * rows[classes] + n[:, None] * means) / (past + n[:, None])
+        combined = (past * head.rows[classes] + n[:, None] * means) / (past + n[:, None])
         # Rows that never train keep their length, so that they stay the exact means of all samples, however split.
         head.write(classes, F.normalize(combined, dim=-1) if self.train_rows else combined)
-        counts[classes] = n
 
 
 class SchedulePlugin(SupervisedPlugin):
