@@ -6,16 +6,14 @@ FM-LoRA's training step against a bare PyTorch loop that trains a plain LoRA of 
 inference against the bare timm model; step time, memory and stored parameters at a late experience against an early
 one; a step of the prompt methods against one pass without autograd and one with, over the same tokens.
 
-The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is the growth of the
-process's resident set within a step (Linux).
+The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory is what a
+step keeps for its backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import gc
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -157,7 +155,7 @@ def long_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     stored = [s.model.stored_parameters() for s in (late, early)]
     steps = [in_training(late, stream[options.late - 1]), in_training(early, stream[1])]
     seconds = alternate(steps, options.repeats)
-    memory = [peak_growth(step) for step in steps]
+    memory = [saved_bytes(step, s.model) for step, s in zip(steps, (late, early), strict=True)]
     name = f"experience {options.late} / experience 2"
     return [
         {"what": f"training step, {name}", "ratio": seconds[0] / seconds[1], "bound": 1.03},
@@ -166,24 +164,23 @@ def long_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def peak_growth(step: Callable[[], Any], repeats: int = 3) -> int:
-    """Bytes by which the process's resident set grows at most within a step: the smallest of some repeats."""
+def saved_bytes(step: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that one step keeps for its backward pass, the model's own tensors left out: the same on every machine."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    sizes: dict[int, int] = {}
 
-    def kilobytes(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) if found else 0
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    growths = []
-    for _ in range(repeats):
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = kilobytes("VmRSS")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-        growths.append(kilobytes("VmHWM") - before)
-    return 1024 * min(growths)
+    return sum(sizes.values())
 
 
-def bare_prompt_step(options: argparse.Namespace, method: str, images: Tensor) -> Callable[[], None]:
+def bare_prompt_step(options: argparse.Namespace, method: str, images: Tensor) -> tuple[Callable[[], None], nn.Module]:
     """A pass without autograd and one with, through the frozen ViT with the method's number of prompts or prefixes."""
     vit = make_vit(options).eval().requires_grad_(False)
     dim, labels = vit.num_features, torch.randint(0, 10, (len(images),))
@@ -207,7 +204,7 @@ def bare_prompt_step(options: argparse.Namespace, method: str, images: Tensor) -
         F.cross_entropy(head(forward_features(vit, images, prompt, prefixes)), labels).backward()
         optimizer.step()
 
-    return step
+    return step, nn.ModuleList([vit, head])
 
 
 def prompt_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -216,7 +213,7 @@ def prompt_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     stream, rows = make_stream(options, 2), []
     images = torch.randn(options.batch, 3, options.image_size, options.image_size)
     for name in ("l2p", "dual_prompt", "coda_prompt"):
-        steps = []
+        steps, models = [], []
         for cache in (False, True):
             strategy = strategy_class(name)(
                 model=make_vit(options),
@@ -226,12 +223,13 @@ def prompt_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 cache_queries=cache,
             )
             steps.append(in_training(strategy, stream[0]))
-        steps.append(bare_prompt_step(options, name, images))
+            models.append(strategy.model)
+        bare, bare_model = bare_prompt_step(options, name, images)
         steps[1]()  # the first epoch fills the cache
-        ours, cached, bare = alternate(steps, options.repeats)
-        memory = [peak_growth(steps[0]), peak_growth(steps[2])]
+        ours, cached, two_passes = alternate([*steps, bare], options.repeats)
+        memory = [saved_bytes(steps[0], models[0]), saved_bytes(bare, bare_model)]
         rows += [
-            {"what": f"training step, {name} / two bare passes", "ratio": ours / bare, "bound": 1.10},
+            {"what": f"training step, {name} / two bare passes", "ratio": ours / two_passes, "bound": 1.10},
             {
                 "what": f"memory of a training step, {name} / two bare passes",
                 "ratio": memory[0] / memory[1],
