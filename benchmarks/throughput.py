@@ -130,7 +130,8 @@ def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         strategy.train(stream[0])
         step = in_training(strategy, stream[1])
         ours, theirs = alternate([step, bare], options.repeats)
-        rows.append({"what": f"training step, {name} / bare LoRA loop", "ratio": ours / theirs, "bound": 1.15})
+        bound = 1.15 if "distillation" in changes else ""  # the teacher's pass is asked for, not overhead
+        rows.append({"what": f"training step, {name} / bare LoRA loop", "ratio": ours / theirs, "bound": bound})
     return rows
 
 
