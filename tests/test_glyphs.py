@@ -112,7 +112,7 @@ def test_split_glyphs_shapes_counts_and_labels() -> None:
 def test_domain_glyphs_shapes_counts_and_labels() -> None:
     benchmark = domain_glyphs(train_per_class=2, test_per_class=1, image_size=40)
     info = benchmark.info
-    assert info.experience_names == ("ink", "neon", "chalk", "stripes", "mosaic")
+    assert info.experience_names == ("stamp", "neon", "chalk", "stripes", "mosaic")
     assert (info.image_size, info.n_train, info.n_test) == (40, (40,) * 5, (20,) * 5)
     for experience in benchmark.train_stream:
         assert sorted(set(experience.dataset.targets)) == list(range(20))

@@ -113,7 +113,7 @@ def domain_glyphs(
     *,
     class_order_seed: int | None = None,
     image_size: int = IMAGE_SIZE,
-    train_per_class: int = 36,
+    train_per_class: int = 72,
     test_per_class: int = 10,
     seed: int = 0,
     mean: Sequence[float] = GLYPH_MEAN,
@@ -227,9 +227,9 @@ def _broken_outline(masks: Tensor, look: Look) -> Tensor:
     return (soften(paper + alpha * (ink - paper), 0.5 * look.blur) + 0.5 * torch.from_numpy(look.noise)).clamp(0, 1)
 
 
-def _ink(masks: Tensor, look: Look) -> Tensor:
-    """A dark pen on cream paper with fibres."""
-    alpha = place(masks, look)
+def _stamp(masks: Tensor, look: Look) -> Tensor:
+    """A stamp's block, so mirrored, in dark ink on cream paper with fibres."""
+    alpha = place(masks.flip(-1), look)
     fibres = 0.5 * torch.from_numpy(look.noise) + 0.5 * spread_field(look.texture)
     paper = _rgb(0.93, 0.88, 0.76) + 0.1 * (colour(look.paper) - 0.5) + fibres.mean(1, keepdim=True)
     pen = _rgb(0.12, 0.12, 0.28) + 0.3 * (colour(look.ink) - 0.4)
@@ -257,24 +257,24 @@ def _chalk(masks: Tensor, look: Look) -> Tensor:
 
 
 def _stripes(masks: Tensor, look: Look) -> Tensor:
-    """Stripes inside the character run across those outside; the mean colours hardly differ."""
+    """Stripes inside the character run across those outside; the mean colours differ little."""
     alpha = place(masks, look)
     plane = 1.1 * look.stripes[:, :2] / np.linalg.norm(look.stripes[:, :2], axis=1, keepdims=True).clip(1e-6)
     across = np.stack([-plane[:, 1], plane[:, 0]], 1)
     outside, inside = (waves(np.concatenate([p, look.stripes[:, 2:]], 1).astype(np.float32)) for p in (plane, across))
     middle = 0.5 + 0.3 * (colour(look.paper) - 0.5)
-    tint = 0.5 * (colour(look.ink) - colour(look.paper))
-    lines = 0.12 * (outside + alpha * (inside - outside))
-    return (middle + alpha * tint + lines + 0.4 * torch.from_numpy(look.noise)).clamp(0, 1)
+    tint = 1.0 * (colour(look.ink) - colour(look.paper))
+    lines = 0.10 * (outside + alpha * (inside - outside))
+    return (middle + alpha * tint + lines + 0.3 * torch.from_numpy(look.noise)).clamp(0, 1)
 
 
 def _mosaic(masks: Tensor, look: Look) -> Tensor:
     """Square tiles of uneven colour."""
     picture = render(masks, look)
-    tiles = F.interpolate(picture, size=(12, 12), mode="area")
-    uneven = F.interpolate(torch.from_numpy(look.noise), size=(12, 12), mode="nearest")
-    return F.interpolate(tiles + 0.6 * uneven, size=(IMAGE_SIZE, IMAGE_SIZE), mode="nearest").clamp(0, 1)
+    tiles = F.interpolate(picture, size=(16, 16), mode="area")
+    uneven = F.interpolate(torch.from_numpy(look.noise), size=(16, 16), mode="nearest")
+    return F.interpolate(tiles + 0.4 * uneven, size=(IMAGE_SIZE, IMAGE_SIZE), mode="nearest").clamp(0, 1)
 
 
-STYLES: dict[str, Style] = {"ink": _ink, "neon": _neon, "chalk": _chalk, "stripes": _stripes, "mosaic": _mosaic}
+STYLES: dict[str, Style] = {"stamp": _stamp, "neon": _neon, "chalk": _chalk, "stripes": _stripes, "mosaic": _mosaic}
 """The domains of :func:`domain_glyphs`, in their order."""
