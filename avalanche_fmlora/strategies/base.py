@@ -265,9 +265,7 @@ class ContinualStrategy(SupervisedTemplate):
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         super()._before_training_exp(**kwargs)
-        trained = sum(p.numel() for ps in self.model.parameter_groups().values() for p in ps)
-        adapter = self.model.trainable_parameters()
-        self.resources.append({"trainable_parameters": adapter, "trainable_with_head": trained})
+        self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
 
     # What users do with the result
 
