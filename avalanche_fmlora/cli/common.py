@@ -1,0 +1,129 @@
+"""What the commands share: flags of runs, messages, errors as one line, the table at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from avalanche_fmlora.results.record import Record
+
+SHORT = {
+    "benchmark": "benchmark.name",
+    "path": "benchmark.path",
+    "n_experiences": "benchmark.n_experiences",
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "image_size": "backbone.image_size",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "eval_batch_size": "training.eval_batch_size",
+}
+OPTIONS_HELP = """
+Every field of the configuration is a flag: --benchmark, --path, --n-experiences, --backbone, --weights, --image-size,
+--epochs, --batch-size, --seed, --class-order-seed, in general --training.epochs 3 or --backbone.model-args
+'{depth: 11}', and the method's own options as --rank 16 (see `fmlora list METHOD`). Values are YAML: null, [0, 1].
+"""
+FLEXIBLE: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def running_options(command: CommandT) -> CommandT:
+    """Flags of the commands that run something."""
+    for decorate in (
+        click.option(
+            "--config",
+            "config_files",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="YAML file; a further one goes before it, flags before all.",
+        ),
+        click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder."),
+        click.option("--data-root", type=click.Path(path_type=Path), help="Folder of relative data paths."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
+        click.option(
+            "--threads", type=click.IntRange(1), help="CPU threads a run; all cores are shared out if not given."
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def read_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """``--name value`` and ``--name=value`` pairs.
+
+    Raises:
+        ValueError: for a word that is no flag, or a flag without its value.
+    """
+    flags: list[tuple[str, Any]] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"Expected `--option value` but got {word!r}.")
+        name, separator, text = word[2:].partition("=")
+        if not separator:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise ValueError(f"--{name} needs a value: --{name} VALUE.")
+            text = following
+        flags.append((name.replace("-", "_"), read_value(text)))
+    return flags
+
+
+def read_value(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def prepare(level: int) -> None:
+    """Plain messages on standard error; silence about what other packages' imports have to say."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("avalanche_fmlora").setLevel(level)
+    from avalanche_fmlora.sweep import quiet_imports
+
+    quiet_imports()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user can mend is a message, not a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted: finished runs are kept, the same command goes on from there.", err=True)
+        sys.exit(130)
+
+
+def one_line(record: Record) -> str:
+    name = f"{record['config']['method']}, class order {record['config']['class_order_seed']}"
+    if record["status"] != "finished":
+        return f"{name}: failed: {record['error']}"
+    accuracy, train_s = record["metrics"]["final_average_accuracy"], record["cost"]["train_s"]
+    return f"{name}: final average accuracy {100 * (accuracy or 0):.1f} %, {train_s or 0:.0f} s of training"
+
+
+def show(records: Sequence[Record], out: Path) -> None:
+    """CSVs of all records in the folder, the table of these ones; exit status 1 if one failed."""
+    from avalanche_fmlora.results.record import read_records
+    from avalanche_fmlora.results.table import render, summary_rows, write_csvs
+
+    paths = write_csvs(read_records(out / "records"), out)
+    click.echo(render(summary_rows(records)).rstrip("\n"))
+    click.echo(f"\nRecords: {out / 'records'}\nTables:  " + ", ".join(str(p) for p in paths.values()))
+    failed = [r for r in records if r["status"] != "finished"]
+    for record in failed:
+        click.echo(f"Failed: {one_line(record)}", err=True)
+    if failed:
+        sys.exit(1)

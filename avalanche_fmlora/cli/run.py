@@ -1,0 +1,53 @@
+"""`fmlora run`: one configuration."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from avalanche_fmlora.cli.common import (
+    FLEXIBLE,
+    OPTIONS_HELP,
+    SHORT,
+    prepare,
+    read_flags,
+    running_options,
+    show,
+    user_errors,
+)
+
+
+@click.command(context_settings=FLEXIBLE, epilog=OPTIONS_HELP, options_metavar="[METHOD] [OPTIONS] [--FIELD VALUE]...")
+@running_options
+@click.pass_context
+def run(
+    context: click.Context,
+    config_files: tuple[Path, ...],
+    out: Path,
+    data_root: Path | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Run METHOD once (default: fm_lora on the embedded characters) and write its record."""
+    with user_errors():
+        prepare(logging.INFO)
+        from avalanche_fmlora.config import check_data, make_run, read_all, set_option
+        from avalanche_fmlora.experiment import available_threads
+        from avalanche_fmlora.results.record import find_record
+        from avalanche_fmlora.sweep import run_and_write
+
+        options, words = read_all(config_files), list(context.args)
+        if words and not words[0].startswith("--"):
+            options["method"] = words.pop(0)
+        for name, value in read_flags(words):
+            set_option(options, SHORT.get(name, name), value)
+        config = make_run(options)
+        check_data(config, data_root)
+        record = find_record(out / "records", config.identity())
+        if record is None:
+            record = run_and_write(config, out / "records", device, threads or available_threads(), data_root, True)
+        else:
+            click.echo("This run is finished already; its record:", err=True)
+        show([record], out)
