@@ -149,3 +149,22 @@ def train() -> Callable[..., Any]:
         return strategy
 
     return run
+
+
+@pytest.fixture
+def passes() -> Any:
+    """Counts the images that go through a ViT's last block, and the passes."""
+
+    class Counter:
+        def __init__(self) -> None:
+            self.images: list[int] = []
+
+        def watch(self, vit: Any) -> Counter:
+            vit.blocks[-1].register_forward_hook(lambda module, args, output: self.images.append(len(args[0])))
+            return self
+
+        def take(self) -> list[int]:
+            taken, self.images = self.images, []
+            return taken
+
+    return Counter()

@@ -83,6 +83,20 @@ def test_distillation_holds_the_cosines_to_past_rows(make_strategy: Any, train: 
     assert changes[1] < 0.3 * changes[0]
 
 
+def test_the_teacher_reads_an_image_that_repeats_once(
+    make_strategy: Any, train: Any, class_benchmark: Any, passes: Any
+) -> None:
+    """Forward passes of the second experience: 16 images more than without the teacher, whatever the epochs."""
+    counts = []
+    for weight in (0.0, 1.0):
+        strategy = make_strategy("fm_lora", distillation=weight, train_epochs=3)
+        train(strategy, class_benchmark, n=1)
+        passes.watch(strategy.model.vit)
+        strategy.train(class_benchmark.train_stream[1])
+        counts.append(sum(passes.take()))
+    assert counts[1] - counts[0] == 16
+
+
 def test_the_stability_term_keeps_the_core_in_place(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
     changes = []
     for weight in (0.0, 10.0):

@@ -10,32 +10,14 @@ import torch
 from torch import Tensor
 
 from avalanche_fmlora.data.base import ImageSet, class_incremental
-from avalanche_fmlora.modules.prompt_pool import QueryCache, check_blocks, cosines, image_hashes, query_features
+from avalanche_fmlora.modules.feature_cache import FeatureCache, image_hashes
+from avalanche_fmlora.modules.prompt_pool import check_blocks, cosines, query_features
 
 METHODS = ["l2p", "dual_prompt", "coda_prompt"]
 
 
 def make(make_strategy: Any, make_vit: Any, name: str, **options: Any) -> Any:
     return make_strategy(name, make_vit(depth=5), **{"pool_size": 10, **options} if name == "coda_prompt" else options)
-
-
-@pytest.fixture
-def passes() -> Any:
-    """Counts the images that go through a ViT's last block, and the passes."""
-
-    class Counter:
-        def __init__(self) -> None:
-            self.images: list[int] = []
-
-        def watch(self, vit: Any) -> Counter:
-            vit.blocks[-1].register_forward_hook(lambda module, args, output: self.images.append(len(args[0])))
-            return self
-
-        def take(self) -> list[int]:
-            taken, self.images = self.images, []
-            return taken
-
-    return Counter()
 
 
 def test_query_is_the_class_token_after_the_final_norm(make_vit: Any, images: Tensor) -> None:
@@ -109,7 +91,7 @@ def test_augmented_images_switch_the_cache_off(make_strategy: Any, make_vit: Any
 
 
 def test_cache_encodes_only_what_it_does_not_know() -> None:
-    cache, seen = QueryCache(), []
+    cache, seen = FeatureCache(), []
 
     def encode(images: Tensor) -> Tensor:
         seen.append(len(images))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 
 from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules.feature_cache import FeatureCache
 
 
 class CoreRegularizationPlugin(SupervisedPlugin):
@@ -15,7 +16,8 @@ class CoreRegularizationPlugin(SupervisedPlugin):
 
     Args:
         distillation: weight of the squared change of the cosines to past rows on the current images. The teacher is the
-            model without M Nᵀ: one more forward pass, without autograd. Silent while bases train or nothing is past.
+            model without M Nᵀ: one more forward pass, without autograd, of images whose input it has not seen in the
+            experience yet. Silent while bases train or nothing is past.
         stability: λ_core of ‖C_t − C_{t−1}‖², summed over the adapted maps.
     """
 
@@ -24,6 +26,7 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         self.distillation = distillation
         self.stability = stability
         self._rows: Any = None
+        self._cache = FeatureCache()
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the rows of the past: without classes of this experience, or all if every class recurs."""
@@ -34,6 +37,7 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         chosen = past if bool(past.any()) else known
         teaches = self.distillation > 0 and lora.trains_core and not lora.trains_bases and bool(chosen.any())
         self._rows = F.normalize(head.rows[chosen], dim=-1) if teaches else None
+        self._cache.clear()
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the terms."""
@@ -41,5 +45,13 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         if self.stability > 0 and model.lora.trains_core:
             strategy.loss += self.stability * model.lora.stability()
         if self._rows is not None:
-            teacher = strategy.features_before(strategy.mb_x)
+            teacher = self._cache.lookup(strategy.mb_x, strategy.features_before)
             strategy.loss += self.distillation * functional.row_distillation(model.last_features, teacher, self._rows)
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Inputs that repeat are known from now on."""
+        self._cache.end_epoch()
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """The teacher is gone."""
+        self._cache.clear()
