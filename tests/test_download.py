@@ -1,0 +1,275 @@
+"""fetch: against a server on this machine that truncates, stalls, redirects, refuses ranges and serves wrong bytes."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avalanche_fmlora.data import download
+from avalanche_fmlora.data.download import RemoteFile, fetch
+
+BODY = bytes(range(256)) * 5000
+SHA256 = "sha256:" + hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `body` at every path; `behave` says what goes wrong, `ranges` what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.body, self.etag, self.ranges_allowed = BODY, '"one"', True
+        self.send_length = True
+        self.cuts: list[int] = []
+        self.stalls = 0
+        self.statuses: list[int] = []
+        self.requests: list[tuple[str, str | None]] = []
+        self.release = threading.Event()
+
+    def url(self, path: str = "pack.bin") -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server, asked = self.server, self.headers.get("Range")
+        server.requests.append((self.path, asked))
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", "/pack.bin")
+            self.end_headers()
+            return
+        if server.statuses:
+            self.send_error(server.statuses.pop(0))
+            return
+        start = 0
+        if asked and server.ranges_allowed and self.headers.get("If-Range") in (None, server.etag):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(server.body):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+        if server.send_length:
+            self.send_header("Content-Length", str(len(server.body) - start))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        data = server.body[start:]
+        if server.cuts:
+            data = data[: server.cuts.pop(0)]
+            if server.stalls:
+                server.stalls -= 1
+                self.wfile.write(data)
+                server.release.wait(5)
+                return
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.release.set()
+        server.shutdown()
+        thread.join()
+
+
+def get(server: Server, folder: Path, path: str = "pack.bin", **options: Any) -> Path:
+    remote = RemoteFile(server.url(path), "pack.bin", options.pop("checksum", SHA256), options.pop("size", len(BODY)))
+    return fetch(remote, folder, **{"timeout_s": 0.5, **options})
+
+
+def asked(server: Server) -> list[str | None]:
+    return [range_ for _, range_ in server.requests]
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if not p.name.endswith((".lock", ".checked.json"))}
+
+
+def test_whole_file_once(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = get(server, tmp_path / "new" / "folder")
+    assert path.read_bytes() == BODY
+    assert names(path.parent) == {"pack.bin"}
+    assert get(server, path.parent) == path
+    assert asked(server) == [None]
+    assert capsys.readouterr().err == "", "no bar off a terminal"
+
+
+def test_md5_without_a_published_size(server: Server, tmp_path: Path) -> None:
+    md5 = "md5:" + hashlib.md5(BODY).hexdigest()
+    assert get(server, tmp_path, checksum=md5, size=None).read_bytes() == BODY
+
+
+def test_truncated_answers_are_gone_on_from(server: Server, tmp_path: Path) -> None:
+    server.cuts = [1000, 300_000]
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server) == [None, "bytes=1000-", "bytes=301000-"]
+
+
+def test_an_interrupted_download_is_no_file_and_goes_on_in_the_next_call(server: Server, tmp_path: Path) -> None:
+    server.cuts = [400_000, 0]
+    server.statuses = []
+    with pytest.raises(ConnectionError, match=r"400,000 bytes of 1280000 are here.*goes on from what came"):
+        get(server, tmp_path, tries=1)
+    assert names(tmp_path) == {"pack.bin.part", "pack.bin.part.json"}
+    server.cuts = []
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server)[-1] == "bytes=400000-"
+
+
+def test_a_stalling_server_is_left_and_asked_again(server: Server, tmp_path: Path) -> None:
+    server.cuts, server.stalls = [5000], 1
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server) == [None, "bytes=5000-"]
+    server.cuts, server.stalls = [0, 0], 2
+    with pytest.raises(ConnectionError, match=r"pack.bin \(.*timed out.*Type the same command again"):
+        get(server, tmp_path / "other", tries=2, timeout_s=0.2)
+
+
+def test_redirects_keep_the_range(server: Server, tmp_path: Path) -> None:
+    server.cuts = [1000]
+    assert get(server, tmp_path, "moved/pack.bin").read_bytes() == BODY
+    assert server.requests[-1] == ("/pack.bin", "bytes=1000-")
+
+
+def test_a_server_without_ranges_starts_anew(server: Server, tmp_path: Path) -> None:
+    server.ranges_allowed, server.cuts = False, [1000]
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert len(server.requests) == 2
+
+
+def test_a_file_that_changed_meanwhile_is_not_mixed(server: Server, tmp_path: Path) -> None:
+    server.body, server.cuts = bytes(len(BODY)), [1000]
+    with pytest.raises(ConnectionError):
+        get(server, tmp_path, tries=1)
+    server.body, server.etag = BODY, '"two"'
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert len(server.requests) == 2, "If-Range makes the server send the whole new file at once"
+
+
+def test_a_wrong_resumed_part_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "pack.bin.part").write_bytes(b"x" * 1000)
+    (tmp_path / "pack.bin.part.json").write_text(json.dumps({"url": server.url(), "version": None}))
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server) == ["bytes=1000-", None]
+
+
+def test_a_part_of_unknown_origin_is_not_built_on(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "pack.bin.part").write_bytes(BODY[:1000])
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server) == [None]
+
+
+@pytest.mark.parametrize("size", [None, len(BODY)])
+def test_a_whole_part_needs_no_bytes(server: Server, tmp_path: Path, size: int | None) -> None:
+    (tmp_path / "pack.bin.part").write_bytes(BODY)
+    (tmp_path / "pack.bin.part.json").write_text(json.dumps({"url": server.url(), "version": '"one"'}))
+    assert get(server, tmp_path, size=size).read_bytes() == BODY
+    assert asked(server) == ([] if size else [f"bytes={len(BODY)}-"])
+
+
+def test_wrong_bytes_are_refused_and_removed(server: Server, tmp_path: Path) -> None:
+    server.body = BODY[:-1] + b"x"
+    with pytest.raises(
+        ValueError, match=rf"pack.bin to have {SHA256} but what came has sha256:[0-9a-f]+; it was removed"
+    ):
+        get(server, tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_another_size_is_refused_before_it_is_fetched(server: Server, tmp_path: Path) -> None:
+    server.body = b"<html>the page has moved</html>"
+    with pytest.raises(ValueError, match=r"to be 1,280,000 bytes but the server offers 31"):
+        get(server, tmp_path)
+
+
+def test_without_a_length_the_checksum_decides(server: Server, tmp_path: Path) -> None:
+    server.send_length = False
+    assert get(server, tmp_path, size=None).read_bytes() == BODY
+    server.cuts = [1000]
+    with pytest.raises(ValueError, match="but what came has"):
+        get(server, tmp_path / "other", size=None)
+
+
+def test_passing_errors_are_tried_again_and_lasting_ones_said_at_once(server: Server, tmp_path: Path) -> None:
+    server.statuses = [503, 500]
+    assert get(server, tmp_path).read_bytes() == BODY
+    server.statuses = [404, 404]
+    with pytest.raises(ConnectionError, match=r"HTTP 404 Not Found.*by other means.*other'"):
+        get(server, tmp_path / "other")
+    assert len(server.statuses) == 1
+
+
+def test_no_network(tmp_path: Path) -> None:
+    remote = RemoteFile("http://127.0.0.1:9/pack.bin", "pack.bin", SHA256)
+    with pytest.raises(
+        ConnectionError, match=r"Can't fetch http://127.0.0.1:9/pack.bin \(.*refused.*0 bytes of unknown"
+    ):
+        fetch(remote, tmp_path, timeout_s=0.1, tries=2)
+
+
+def test_a_file_put_there_by_hand_is_checked_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pack.bin").write_bytes(BODY[:-5])
+    with pytest.raises(ValueError, match=r"'.*pack.bin' to have sha256:.*\(1,279,995 bytes\): remove it"):
+        get(server, tmp_path)
+    assert (tmp_path / "pack.bin").exists()
+    (tmp_path / "pack.bin").write_bytes(BODY)
+    get(server, tmp_path)
+    counts: dict[str, int] = collections.Counter()
+    inner = download._checksum
+    monkeypatch.setattr(download, "_checksum", lambda *a: counts.update(["x"]) or inner(*a))
+    get(server, tmp_path)
+    assert counts["x"] == 0
+    os.utime(tmp_path / "pack.bin", ns=(0, 0))
+    get(server, tmp_path)
+    assert counts["x"] == 1
+    assert server.requests == []
+
+
+def test_a_full_disk_is_said_with_numbers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        OSError, match=r"disk of '.*' is full: 1,280,000 more bytes .* and 1,000,000 are free. Make room"
+    ):
+        get(server, tmp_path)
+    monkeypatch.undo()
+    assert get(server, tmp_path).read_bytes() == BODY
+
+
+def test_a_disk_that_fills_up_meanwhile(server: Server, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "pack.bin.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"is full: 1,280,000 more bytes"):
+        get(server, tmp_path)
+
+
+def test_two_at_once_share_one_download(server: Server, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: get(server, tmp_path), range(3)))
+    assert [p.read_bytes() == BODY for p in paths] == [True] * 3
+    assert len(server.requests) == 1
