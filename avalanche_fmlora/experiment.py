@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from avalanche_fmlora.backbones import Backbone, load_backbone
+from avalanche_fmlora.backbones import Backbone, shared_backbone
 from avalanche_fmlora.config import RunConfig, find_data
 from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.plugins.progress import ProgressPlugin
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 def make_backbone(config: RunConfig, data_root: Path | None = None) -> Backbone:
-    """Load the backbone of a configuration."""
+    """The backbone of a configuration, a model of the caller's own; its file is read once a process."""
     backbone = config.backbone
     if backbone.weights is not None:
         backbone = backbone.model_copy(update={"weights": find_data(backbone.weights, data_root)})
-    return load_backbone(backbone)
+    return shared_backbone(backbone)
 
 
 def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None = None) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from avalanche_fmlora.backbones import release_backbones
 from avalanche_fmlora.config import RunConfig, check_data
 from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
 
@@ -69,8 +70,11 @@ def sweep(
             report(len(done), len(unique), record)
 
     if jobs == 1:
-        for key, config in todo.items():
-            finish(key, run_and_write(config, folder, device, share, data_root))
+        try:
+            for key, config in todo.items():
+                finish(key, run_and_write(config, folder, device, share, data_root))
+        finally:
+            release_backbones()
     else:
         _in_processes(todo, folder, jobs, device, share, data_root, finish)
     return [done[key] for key in unique]
