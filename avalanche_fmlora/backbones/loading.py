@@ -103,7 +103,11 @@ def _from_timm(config: BackboneConfig) -> tuple[Any, str]:
         near = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
         raise ValueError(
             f"Expected `name` to be {EMBEDDED!r} or a timm model but got {config.name!r}: "
-            + (f"did you mean {', '.join(near)}?" if near else "`fmlora list backbones` and `timm.list_models('vit_*')` list them.")
+            + (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else "`fmlora list backbones` and `timm.list_models('vit_*')` list them."
+            )
         )
     tags = [name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in tags:

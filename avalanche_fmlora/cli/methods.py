@@ -1,4 +1,4 @@
-"""`fmlora list`: methods and their options."""
+"""`fmlora list`: methods and their options, and backbones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,33 @@ from avalanche_fmlora.cli.common import prepare, user_errors
 
 
 @click.command("list")
-@click.argument("method", required=False)
-def list_(method: str | None) -> None:
-    """List methods, or the options of METHOD."""
+@click.argument("name", metavar="[METHOD | backbones]", required=False)
+def list_(name: str | None) -> None:
+    """List methods, the options of METHOD, or the short names of backbones."""
     with user_errors():
         prepare(logging.WARNING)
-        from avalanche_fmlora.strategies.registry import method as method_class
-        from avalanche_fmlora.strategies.registry import methods
-
-        if method is None:
-            for name, strategy in methods().items():
-                click.echo(f"{name:14} {strategy.summary} ({strategy.paper})")
+        if name == "backbones":
+            _list_backbones()
             return
-        for name, field in method_class(method).config_class.model_fields.items():
-            click.echo(f"{name} = {field.default!r}\n    {field.description}")
+        from avalanche_fmlora.strategies.registry import method, methods
+
+        if name is None:
+            for known, strategy in methods().items():
+                click.echo(f"{known:14} {strategy.summary} ({strategy.paper})")
+            return
+        for option, field in method(name).config_class.model_fields.items():
+            click.echo(f"{option} = {field.default!r}\n    {field.description}")
+
+
+def _list_backbones() -> None:
+    from avalanche_fmlora.backbones import known_backbones
+
+    def channels(values: tuple[float, ...]) -> str:
+        return ", ".join(f"{v:.3g}" for v in values)
+
+    for known in known_backbones():
+        patch = f"patch {known.patch}, " if known.patch else ""
+        click.echo(f"{known.name} = {known.tag}")
+        click.echo(f"    width {known.width}, depth {known.depth}, {patch}{known.image_size} px, ", nl=False)
+        click.echo(f"mean ({channels(known.mean)}), std ({channels(known.std)})")
+    click.echo("Any other timm ViT as architecture.tag. --image-size takes any multiple of the patch.")
