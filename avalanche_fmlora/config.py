@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig
+from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
 
@@ -26,8 +27,9 @@ class BenchmarkConfig(StrictModel):
     """Folder or zip of `image_folder`; a relative path is looked for here, then below the data root."""
     n_experiences: int | None = Field(None, ge=1)
     """Number of experiences of a class-incremental benchmark; null means 10."""
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """Random changes of the training images of `image_folder`."""
+    augment: Preset = "none"
+    """What is done to images of `image_folder`: `published` trains on random resized crops and flips and tests on
+    centre crops; `simple`, `resize`, `crop_flip`, `flip` and `none` change less."""
 
     @model_validator(mode="after")
     def _fit(self) -> BenchmarkConfig:

@@ -17,7 +17,8 @@ from PIL import Image, ImageFile
 
 from avalanche_fmlora.data import image_folder as module
 from avalanche_fmlora.data.cache import cached_images, default_cache_dir
-from avalanche_fmlora.data.image_folder import decode_image, image_folder
+from avalanche_fmlora.data.decode import decode_image
+from avalanche_fmlora.data.image_folder import image_folder
 
 
 def encoded(

@@ -1,4 +1,4 @@
-"""Images in memory -> Avalanche benchmark: what all data sets of this package share.
+"""Decoded images -> Avalanche benchmark: what all data sets of this package share.
 
 Every data set file ends in a call of :func:`class_incremental` or :func:`domain_incremental`. The result is an ordinary
 Avalanche benchmark with one more attribute, ``info`` (:class:`BenchmarkInfo`), which goes into the result record.
@@ -7,7 +7,7 @@ Avalanche benchmark with one more attribute, ``info`` (:class:`BenchmarkInfo`), 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
+
+from avalanche_fmlora.data.store import StoredImages
+from avalanche_fmlora.data.transforms import ImageTransform, Transform, Transforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,20 @@ class ImageSet:
     """Decoded images with their labels.
 
     Args:
-        images: uint8, shape [M, H, W, 3].
+        images: uint8, shape [M, H, W, 3]; or M stored images of any shapes.
         labels: int64, shape [M], the index into the data set's list of class names.
 
     Raises:
         ValueError: if the shapes or the dtype are others.
     """
 
-    images: np.ndarray
+    images: np.ndarray | StoredImages
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
+        if isinstance(self.images, np.ndarray) and (
+            self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3
+        ):
             raise ValueError(
                 f"Expected `images` to be uint8 of shape [M, H, W, 3] but got {self.images.dtype} of shape "
                 f"{self.images.shape}: convert to RGB and keep 0..255."
@@ -51,7 +53,8 @@ class ImageSet:
 
     def digest(self) -> str:
         """sha256 of images and labels, in order: 64 hexadecimal digits."""
-        digest = hashlib.sha256(self.images.tobytes())
+        images = self.images
+        digest = hashlib.sha256(images.digest().encode() if isinstance(images, StoredImages) else images.tobytes())
         digest.update(self.labels.astype(np.int64).tobytes())
         return digest.hexdigest()
 
@@ -85,22 +88,23 @@ class BenchmarkInfo:
 
 
 class _TensorImages(Dataset[tuple[Tensor, int]]):
-    """uint8 images [M, 3, H, W] in memory; an item is (image uint8 [3, H, W], label)."""
+    """An item is (image uint8 [3, H, W], label). The images stay where they are: a mapped file is never read whole."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    def __init__(self, images: np.ndarray | StoredImages, labels: np.ndarray) -> None:
+        self.images = images
         self.targets: list[int] = labels.astype(np.int64).tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.targets[index]
+        # A copy, since a mapped file is read-only; a view of [H, W, 3], since torchvision resizes that fastest.
+        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1), self.targets[index]
 
 
-def default_transform(mean: Sequence[float], std: Sequence[float], augment: Sequence[Transform] = ()) -> Transform:
+def default_transform(mean: Sequence[float], std: Sequence[float], augment: Sequence[Transform] = ()) -> ImageTransform:
     """uint8 [3, H, W] -> the augmentations, then float32 in [0, 1], then (x - mean) / std."""
-    return v2.Compose([*augment, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+    return ImageTransform(augment, mean, std)
 
 
 def order_of(count: int, seed: int | None) -> tuple[int, ...]:
@@ -127,6 +131,7 @@ def class_incremental(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Sequence[Transform] = (),
+    transforms: Transforms | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Any:
     """Split the classes over `n_experiences` of equal size, in an order drawn with `class_order_seed`.
@@ -141,13 +146,16 @@ def class_incremental(
         mean: of each channel in [0, 1], subtracted.
         std: of each channel, divided by.
         augment: transforms of a uint8 image [3, H, W], for training images only.
+        transforms: all of that at once (:func:`avalanche_fmlora.data.transforms.make_transforms`), instead of `mean`,
+            `std` and `augment`; needed for stored images, whose shapes differ.
         extra: further facts for the record.
 
     Returns:
         An Avalanche benchmark without task labels whose labels are 0..C-1 in order of appearance, with ``info``.
 
     Raises:
-        ValueError: if the classes can't be divided evenly or one has no image in a split.
+        ValueError: if the classes can't be divided evenly or one has no image in a split, or without `transforms` for
+            stored images.
     """
     from avalanche.benchmarks import nc_benchmark
 
@@ -159,6 +167,7 @@ def class_incremental(
         )
     _require_all_classes(name, "train", train, class_names)
     _require_all_classes(name, "test", test, class_names)
+    chosen = _transforms(train, mean, std, augment, transforms)
     order = order_of(n_classes, class_order_seed)
     to_label = np.empty(n_classes, dtype=np.int64)
     to_label[list(order)] = np.arange(n_classes)
@@ -170,8 +179,8 @@ def class_incremental(
         shuffle=False,
         fixed_class_order=list(range(n_classes)),
         class_ids_from_zero_from_first_exp=True,
-        train_transform=default_transform(mean, std, augment),
-        eval_transform=default_transform(mean, std),
+        train_transform=chosen.train,
+        eval_transform=chosen.eval,
     )
     names = [class_names[i] for i in order]
     step = n_classes // n_experiences
@@ -182,10 +191,10 @@ def class_incremental(
         class_names=tuple(names),
         class_order=order,
         class_order_seed=class_order_seed,
-        image_size=train.images.shape[1],
+        image_size=chosen.image_size,
         split_hash=_hash(train.digest(), test.digest()),
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=chosen.mean,
+        std=chosen.std,
         n_train=tuple(len(e.dataset) for e in benchmark.train_stream),
         n_test=tuple(len(e.dataset) for e in benchmark.test_stream),
         extra=dict(extra or {}),
@@ -202,6 +211,7 @@ def domain_incremental(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Sequence[Transform] = (),
+    transforms: Transforms | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Any:
     """One experience a domain, all with the same classes; `class_order_seed` draws the order of the domains.
@@ -220,7 +230,8 @@ def domain_incremental(
         _require_all_classes(name, f"{domain.name}/test", domain.test, class_names)
     order = order_of(len(domains), class_order_seed)
     ordered = [domains[i] for i in order]
-    train_groups = {"train": default_transform(mean, std, augment), "eval": default_transform(mean, std)}
+    chosen = _transforms(ordered[0].train, mean, std, augment, transforms)
+    train_groups = {"train": chosen.train, "eval": chosen.eval}
 
     def wrap(images: ImageSet, train: bool) -> Any:
         groups = TransformGroups(train_groups) if train else DefaultTransformGroups(train_groups["eval"])
@@ -239,15 +250,31 @@ def domain_incremental(
         class_names=tuple(class_names),
         class_order=tuple(range(len(class_names))),
         class_order_seed=class_order_seed,
-        image_size=ordered[0].train.images.shape[1],
+        image_size=chosen.image_size,
         split_hash=_hash(*(d for domain in domains for d in (domain.train.digest(), domain.test.digest()))),
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=chosen.mean,
+        std=chosen.std,
         n_train=tuple(len(d.train.labels) for d in ordered),
         n_test=tuple(len(d.test.labels) for d in ordered),
         extra=dict(extra or {}),
     )
     return benchmark
+
+
+def _transforms(
+    images: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augment: Sequence[Transform],
+    transforms: Transforms | None,
+) -> Transforms:
+    if transforms is not None:
+        return transforms
+    if isinstance(images.images, StoredImages):
+        raise ValueError("Expected `transforms` for stored images, which differ in shape: see make_transforms().")
+    size = images.images.shape[1]
+    train, evaluate = default_transform(mean, std, augment), default_transform(mean, std)
+    return Transforms("none", size, train, evaluate, "as given")
 
 
 def _require_all_classes(name: str, split: str, images: ImageSet, class_names: Sequence[str]) -> None:

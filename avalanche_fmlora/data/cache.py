@@ -86,13 +86,13 @@ def _facts(key: str, images: np.ndarray, n_bytes: int) -> dict[str, Any]:
 
 def _store(folder: Path, key: str, images: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{key}.npy", lambda file: np.save(file, images, allow_pickle=False))
+    write_whole(folder / f"{key}.npy", lambda file: np.save(file, images, allow_pickle=False))
     facts = _facts(key, images, (folder / f"{key}.npy").stat().st_size)
-    _write(folder / f"{key}.json", lambda file: file.write(json.dumps(facts).encode()))
+    write_whole(folder / f"{key}.json", lambda file: file.write(json.dumps(facts).encode()))
 
 
-def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Fill a file of another name in the same folder, flush it to disk and rename it to `path`."""
+def write_whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Let `fill` write a file of another name in the same folder, flush it to disk and rename it to `path`."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb") as file:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL
-from PIL import Image, ImageFile, ImageOps
-from torchvision.transforms import v2
+from PIL import Image
 
 from avalanche_fmlora.data.archive import SPLITS, Placed, Source, check_experiences, common_classes, placed_images, some
 from avalanche_fmlora.data.base import (
@@ -26,20 +23,20 @@ from avalanche_fmlora.data.base import (
     IMAGENET_STD,
     Domain,
     ImageSet,
-    Transform,
     class_incremental,
     domain_incremental,
 )
 from avalanche_fmlora.data.cache import cached_images
+from avalanche_fmlora.data.decode import decode_image, whole_images_only
+from avalanche_fmlora.data.presets import SQUARE_PRESETS, Preset, stored_side
+from avalanche_fmlora.data.store import StoredImages, stored_images
+from avalanche_fmlora.data.transforms import make_transforms
 
 logger = logging.getLogger(__name__)
 
-Augment = Literal["none", "flip", "crop_flip"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _DECODER_VERSION = 1
-# Only formats that PIL decodes by itself: EPS, for one, would start Ghostscript on a stranger's file.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 
 
 def image_folder(
@@ -50,7 +47,7 @@ def image_folder(
     class_order_seed: int | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-    augment: Augment = "none",
+    augment: Preset = "none",
     cache_dir: str | os.PathLike[str] | None = None,
     interpolation: Interpolation = "bicubic",
     name: str | None = None,
@@ -69,8 +66,8 @@ def image_folder(
         class_order_seed: draws the order of the classes, or of the domains; None is the order of their names.
         mean: of each channel in [0, 1], subtracted.
         std: of each channel, divided by.
-        augment: of training images: "flip" mirrors half of them, "crop_flip" also cuts out a part of at least half
-            the area and resizes it back.
+        augment: what is done to the images, see :func:`avalanche_fmlora.data.transforms.make_transforms`. With "none",
+            "flip" and "crop_flip" the central squares are cached, else the whole images.
         cache_dir: where decoded images are kept; None is `$XDG_CACHE_HOME/avalanche_fmlora` (or `~/.cache/…`).
         interpolation: of the resizing, antialiased.
         name: of the benchmark in records; None is the name of the folder or the zip without its ending.
@@ -83,7 +80,8 @@ def image_folder(
         ValueError: if it has neither layout or both, a class is missing somewhere, classes don't divide, a member or
             link leaves it, or images can't be decoded. The message names the files or the numbers.
     """
-    augmentation = _augmentation(augment, image_size)
+    side = stored_side(augment, image_size)
+    transforms = make_transforms(augment, image_size, mean, std)
     if interpolation not in get_args(Interpolation):
         raise ValueError(f"Expected `interpolation` to be one of {get_args(Interpolation)} but got {interpolation!r}.")
     with Source(path) as source:
@@ -91,24 +89,22 @@ def image_folder(
         domains = sorted({f.domain for f in files})
         check_experiences(source.path.name, n_experiences, domains)
         names = common_classes(source.path.name, files)
-        images = cached_images(
-            _cache_key(source, files, image_size, interpolation),
-            (len(files), image_size, image_size, 3),
-            partial(_decode_all, source, files, image_size, interpolation),
-            None if cache_dir is None else Path(cache_dir),
-        )
+        square = augment in SQUARE_PRESETS
+        decoded = _squares if square else _wholes
+        images = decoded(source, files, side, interpolation, None if cache_dir is None else Path(cache_dir))
     index = {label: i for i, label in enumerate(names)}
     common: dict[str, Any] = {
         "class_order_seed": class_order_seed,
-        "mean": mean,
-        "std": std,
-        "augment": augmentation,
-        "extra": {
-            "source": source.path.name,
-            "n_files": len(files),
-            "resize": f"shorter side to {image_size} px ({interpolation}, antialiased), centre crop",
-            "augment": augment,
-        },
+        "transforms": transforms,
+        "extra": {"source": source.path.name, "n_files": len(files)}
+        | (
+            {
+                "resize": f"shorter side to {image_size} px ({interpolation}, antialiased), centre crop",
+                "augment": augment,
+            }
+            if square
+            else {"stored": f"shorter side at most {side} px ({interpolation}, antialiased)", **transforms.facts()}
+        ),
     }
     title = name or (source.path.stem if source.is_zip else source.path.resolve().name)
     sets = {(d, s): _subset(images, files, index, d, s) for d in domains for s in SPLITS}
@@ -118,25 +114,38 @@ def image_folder(
     return domain_incremental(title, [Domain(d, sets[d, "train"], sets[d, "test"]) for d in domains], names, **common)
 
 
-def _augmentation(augment: str, image_size: int) -> tuple[Transform, ...]:
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"Expected `image_size` to be a positive whole number of pixels but got {image_size!r}.")
-    if augment not in get_args(Augment):
-        raise ValueError(f"Expected `augment` to be one of {get_args(Augment)} but got {augment!r}.")
-    flip = v2.RandomHorizontalFlip()
-    crop = v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True)
-    return {"none": (), "flip": (flip,), "crop_flip": (crop, flip)}[augment]
-
-
-def _subset(images: np.ndarray, files: list[Placed], index: dict[str, int], domain: str, split: str) -> ImageSet:
+def _subset(
+    images: np.ndarray | StoredImages, files: list[Placed], index: dict[str, int], domain: str, split: str
+) -> ImageSet:
     """One split of one domain: a slice, since the files are sorted by domain and split."""
     rows = [i for i, f in enumerate(files) if (f.domain, f.split) == (domain, split)]
     labels = np.array([index[files[i].label] for i in rows], dtype=np.int64)
-    return ImageSet(images[rows[0] : rows[-1] + 1], labels)
+    return ImageSet(images.subset(rows) if isinstance(images, StoredImages) else images[rows[0] : rows[-1] + 1], labels)
 
 
-def _cache_key(source: Source, files: list[Placed], image_size: int, interpolation: str) -> str:
-    facts = [source.identity, image_size, interpolation, _DECODER_VERSION, PIL.__version__]
+def _squares(source: Source, files: list[Placed], side: int, interpolation: str, cache_dir: Path | None) -> np.ndarray:
+    return cached_images(
+        _cache_key(source, files, side, interpolation),
+        (len(files), side, side, 3),
+        partial(_decode_all, source, files, side, interpolation),
+        cache_dir,
+    )
+
+
+def _wholes(source: Source, files: list[Placed], side: int, interpolation: str, cache_dir: Path | None) -> StoredImages:
+    return stored_images(
+        _cache_key(source, files, side, interpolation),
+        [f.entry.name for f in files],
+        lambda row: source.read(files[row].entry),
+        side,
+        title=source.path.name,
+        interpolation=interpolation,
+        cache_dir=cache_dir,
+    )
+
+
+def _cache_key(source: Source, files: list[Placed], side: int, interpolation: str) -> str:
+    facts = [source.identity, side, interpolation, _DECODER_VERSION, PIL.__version__]
     listing = [(f.entry.name, f.entry.size, f.entry.stamp, f.domain, f.split, f.label) for f in files]
     return hashlib.sha256(json.dumps([facts, listing]).encode()).hexdigest()[:32]
 
@@ -155,7 +164,7 @@ def _decode_all(source: Source, files: list[Placed], image_size: int, interpolat
             return f"'{files[row].entry.name}' ({error})"
         return None
 
-    with _whole_images_only():
+    with whole_images_only():
         pool = ThreadPoolExecutor(max_workers=os.cpu_count())
         try:
             broken = [said for said in pool.map(decode, range(len(files))) if said]
@@ -168,55 +177,3 @@ def _decode_all(source: Source, files: list[Placed], image_size: int, interpolat
         )
     logger.info("Decoded %d images of %s in %.1f s", len(files), source.path.name, time.perf_counter() - start)
     return images
-
-
-@contextlib.contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """PIL's switch that fills torn images with grey is off inside, whatever the caller's program has set."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def decode_image(data: bytes, image_size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """An encoded image (of several frames, the first) as uint8 RGB [image_size, image_size, 3].
-
-    The orientation in the EXIF data is applied, transparency is laid on white, 16 bits become 8. The shorter side is
-    resized to `image_size`, the centre is cut out.
-
-    Raises:
-        ValueError: if the data are empty or of a kind that can't become 8-bit RGB.
-        OSError: or another error of PIL, if the data are broken.
-    """
-    if not data:
-        raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
-        opened.load()
-        image = _to_rgb(ImageOps.exif_transpose(opened))
-    width, height = image.size
-    scale = image_size / min(width, height)
-    full = (max(image_size, round(width * scale)), max(image_size, round(height * scale)))
-    left, top = (round((side - image_size) / 2) for side in full)
-    x, y = width / full[0], height / full[1]
-    # The box makes PIL compute the centre only, at bounded memory: the pixels of a whole resize, up to what PIL rounds
-    # and clips between its two passes, whose order it picks by size.
-    box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
-    resample = Image.Resampling[interpolation.upper()]
-    return np.asarray(image.resize((image_size, image_size), resample, box=box))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range: save the image with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels exceed 0..65535: save the image with 8 or 16 bits")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")

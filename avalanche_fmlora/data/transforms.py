@@ -1,0 +1,162 @@
+"""From a decoded uint8 image to the network's input: named presets, as torchvision v2 transforms.
+
+A preset is one choice for training and test images and for all methods of a comparison. Geometry (crops, flips) works
+on uint8, an image at a time; conversion to float and normalisation can be left to the device, a batch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from avalanche_fmlora.data.presets import stored_side
+
+Transform = Callable[[Tensor], Tensor]
+
+_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """uint8 [..., 3, H, W] -> float32 in [0, 1], then (x - mean) / std: one image or a batch, on any device.
+
+    >>> pixel = torch.tensor([0, 255, 255], dtype=torch.uint8).reshape(3, 1, 1)
+    >>> Finish((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(pixel).flatten()
+    tensor([-1.,  1.,  1.])
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
+        return v2.functional.normalize(scaled, list(self.mean), list(self.std))
+
+
+# Set while a loader that finishes whole batches asks for an item: such items stay uint8.
+left_to_device: ContextVar[Finish | None] = ContextVar("left_to_device", default=None)
+
+
+class ImageTransform:
+    """uint8 image [3, H, W] -> float32 [3, S, S], normalised: what an ordinary data loader needs.
+
+    Args:
+        geometry: transforms of a uint8 image, in order.
+        mean: of each channel in [0, 1], subtracted.
+        std: of each channel, divided by.
+    """
+
+    def __init__(self, geometry: Sequence[Transform], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.geometry = tuple(geometry)
+        self.finish = Finish(tuple(mean), tuple(std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        for step in self.geometry:
+            image = step(image)
+        image = image.contiguous()  # a batch's memory format, and so the network's rounding, follows its items'
+        return image if left_to_device.get() == self.finish else self.finish(image)
+
+    def __repr__(self) -> str:
+        return f"ImageTransform({list(self.geometry)}, {self.finish})"
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The two transforms of a benchmark, with what the result record says about them.
+
+    Attributes:
+        name: of the preset.
+        image_size: side of the network's input in pixels.
+        train: of training images.
+        eval: of test images, and of training images in passes without augmentation.
+        described: of both, in words.
+    """
+
+    name: str
+    image_size: int
+    train: ImageTransform
+    eval: ImageTransform
+    described: str
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel in [0, 1], subtracted."""
+        return self.eval.finish.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of each channel, divided by."""
+        return self.eval.finish.std
+
+    def facts(self) -> dict[str, Any]:
+        """For ``BenchmarkInfo.extra``."""
+        return {"augment": self.name, "transforms": self.described}
+
+
+def make_transforms(preset: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transforms:
+    """The transforms of a preset.
+
+    For test images, and as the base of ``none``, ``flip`` and ``crop_flip``, images are resized (bicubic, antialiased)
+    so that the shorter side is :func:`~avalanche_fmlora.data.presets.stored_side`, then the centre is cut out; images
+    stored at that side are only cut.
+
+    - ``none``: training images as test images; ``flip``: half of them mirrored; ``crop_flip``: also a part of at least
+      half the area, resized back.
+    - ``published``: a part of 5 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resized, and flip; test images
+      resized to 256/224 of the size and cut. That of L2P, DualPrompt, SD-LoRA and most since.
+    - ``simple``: as published, but 70 to 100 % of the area.
+    - ``resize``: the whole image squeezed to the square, training images flipped; nothing is cut off.
+
+    Args:
+        preset: a name of :data:`avalanche_fmlora.data.presets.Preset`.
+        image_size: side of the square result in pixels.
+        mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
+        std: of each channel, divided by.
+
+    Raises:
+        ValueError: for an unknown preset or a size below 1.
+    """
+    side = stored_side(preset, image_size)
+    flip = v2.RandomHorizontalFlip()
+    centre: list[Transform] = [_resize(side), v2.CenterCrop(image_size)]
+    squeeze: list[Transform] = [_resize((image_size, image_size))]
+    half = v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True)
+    train: list[Transform] = {
+        "none": centre,
+        "flip": [*centre, flip],
+        "crop_flip": [*centre, half, flip],
+        "published": [_random_crop(image_size, 0.05), flip],
+        "simple": [_random_crop(image_size, 0.7), flip],
+        "resize": [*squeeze, flip],
+    }[preset]
+    cut = f"shorter side to {side} px (bicubic, antialiased), centre crop of {image_size} px"
+    squeezed = f"whole image to {image_size} x {image_size} px (bicubic, antialiased)"
+    described = {
+        "none": f"train and test: {cut}",
+        "flip": f"train: {cut}, horizontal flip; test: {cut}",
+        "crop_flip": f"train: {cut}, random resized crop (scale 0.5 to 1), horizontal flip; test: {cut}",
+        "published": f"train: random resized crop (scale 0.05 to 1), horizontal flip; test: {cut}",
+        "simple": f"train: random resized crop (scale 0.7 to 1), horizontal flip; test: {cut}",
+        "resize": f"train: {squeezed}, horizontal flip; test: {squeezed}",
+    }[preset]
+    evaluate = squeeze if preset == "resize" else centre
+    return Transforms(
+        preset, image_size, ImageTransform(train, mean, std), ImageTransform(evaluate, mean, std), described
+    )
+
+
+def _resize(size: int | tuple[int, int]) -> Transform:
+    wanted = [size] if isinstance(size, int) else list(size)
+    resize: Transform = v2.Resize(wanted, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resize
+
+
+def _random_crop(image_size: int, smallest: float) -> Transform:
+    crop: Transform = v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), ratio=_RATIO, antialias=True)
+    return crop
