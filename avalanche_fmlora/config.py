@@ -106,34 +106,50 @@ def make_run(options: dict[str, Any]) -> RunConfig:
     return config
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Options from a YAML file.
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Options from a YAML file. Its field `base` names one or more files, relative to it, before which it goes.
+
+    Args:
+        path: the file.
+        above: files that are being read and have this one as their base.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML mapping.
+        ValueError: if it is no YAML mapping, or is its own base.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no configuration file {path}.")
+        wanted = f", a base of {above[-1]}" if above else ""
+        raise FileNotFoundError(f"There is no configuration file {path}{wanted}.")
+    if path.resolve() in above:
+        raise ValueError(f"{path} is its own base, by way of {above[-1]}: take that `base` out.")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"Expected {path} to hold `field: value` lines but got {type(options).__name__}.")
-    return options
+    base = options.pop("base", [])
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Expected `base` of {path} to be a file or a list of files but got {base!r}.")
+    return merged(read_all((path.parent / name for name in names), (*above, path.resolve())), options)
 
 
-def read_all(paths: Iterable[Path]) -> dict[str, Any]:
+def read_all(paths: Iterable[Path], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Options from several YAML files; what a later one says goes before, field by field, also inside of parts."""
     options: dict[str, Any] = {}
     for path in paths:
-        options = _merged(options, read_yaml(path))
+        options = merged(options, read_yaml(path, above))
     return options
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both; where a field is in both, `above` counts, and mappings are merged field by field.
+
+    >>> merged({"seed": 0, "training": {"epochs": 5, "batch_size": 8}}, {"training": {"epochs": 1}})
+    {'seed': 0, 'training': {'epochs': 1, 'batch_size': 8}}
+    """
+    both = {k: merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
     return {**below, **above, **both}
 
 

@@ -18,8 +18,8 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
     """Every run of a comparison.
 
     Args:
-        options: fields of a run that all share, and `methods` (names, or mappings with `method` and its options; all if
-            left out), `class_order_seeds` and `seeds` (lists; [0] if left out).
+        options: fields of a run that all share, and `methods` (names, or mappings with `method` and its options; left
+            out, the `method` of the fields, or all), `class_order_seeds` and `seeds` (lists; [0] if left out).
         flags: further (field, value) pairs. ``fm_lora.rank`` is for one method; a bare option of methods, as
             ``precision``, is for each that has it.
 
@@ -27,7 +27,7 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
         ValueError: for an unknown field, or an option that no method has.
     """
     shared = {k: copy.deepcopy(v) for k, v in options.items() if k not in _AXES}
-    entries = [_entry(e) for e in _list(options, "methods", list(all_methods()))]
+    entries = [_entry(e) for e in _list(options, "methods", _usual_methods(options))]
     for entry in entries:
         method_class(entry["method"])
     for name, value in flags:
@@ -39,6 +39,10 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
         for seed in seeds
         for entry in entries
     ]
+
+
+def _usual_methods(options: dict[str, Any]) -> list[str]:
+    return [options["method"]] if "method" in options else list(all_methods())
 
 
 def _list(options: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
