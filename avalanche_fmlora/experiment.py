@@ -194,6 +194,7 @@ class _Loop:
             "similarity": chosen.get("similarity"),
             "trainable_parameters": self.strategy.resources[-1]["trainable_parameters"],
             "stored_parameters": model.stored_parameters(),
+            "stored_statistics": model.stored_statistics(),
             "head_parameters": model.head.stored_parameters(),
             "train_s": train_s,
             "eval_s": eval_s,

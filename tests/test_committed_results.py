@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from avalanche_fmlora.results.record import read_records
-from avalanche_fmlora.results.table import render, summary_rows, write_csvs
+from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(p.parent for p in (ROOT / "benchmarks" / "results").glob("*/records"))
@@ -25,6 +25,9 @@ def test_the_table_and_the_csvs_are_current(folder: Path, tmp_path: Path) -> Non
     records = read_records(folder / "records")
     assert {r["status"] for r in records} == {"finished"}
     assert render(summary_rows(records)).strip() in TEXT
+    paired = paired_rows(records)
+    if any(row["low"] is not None for row in paired):
+        assert render_paired(paired).strip() in TEXT
     for path in write_csvs(records, tmp_path).values():
         assert path.read_text() == (folder / path.name).read_text(), path.name
 

@@ -77,6 +77,7 @@ def finished(cfg: dict[str, Any] | None = None) -> Record:
             "similarity": None if t == 0 else 0.25,
             "trainable_parameters": 100,
             "stored_parameters": 300,
+            "stored_statistics": 0,
             "head_parameters": 20,
             "train_s": 1.5,
             "eval_s": 0.5,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from made_records import make
 
-from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.results import table
-from avalanche_fmlora.results.record import Record, blank_record, write_record
+from avalanche_fmlora.results.record import write_record
 from avalanche_fmlora.results.table import (
     matrix_frame,
     ranks_frame,
@@ -26,60 +26,6 @@ from avalanche_fmlora.results.table import (
     summary_rows,
     write_csvs,
 )
-
-
-def make(
-    final: float = 0.5,
-    *,
-    method: str = "fmlora",
-    order: int | None = 0,
-    seed: int = 0,
-    label: str | None = None,
-    options: dict[str, Any] | None = None,
-    benchmark: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
-    error: str | None = None,
-    split_hash: str = "a" * 64,
-    joint: bool = False,
-) -> Record:
-    """A run of two experiences (10 and 30 test images) with R = [[0.75, -], [final, 0.25]]."""
-    record = blank_record(
-        {
-            "method": method,
-            "method_options": options or {},
-            "benchmark": {"name": "glyphs", "n_experiences": 2} | (benchmark or {}),
-            "backbone": {"name": "embedded"},
-            "training": {"epochs": 1, "batch_size": 32} | (training or {}),
-            "seed": seed,
-            "class_order_seed": order,
-            "label": label,
-        }
-    )
-    if error is not None:
-        record["error"] = error
-        return record
-    record["status"], record["error"] = "finished", None
-    record["benchmark"] |= {"experience_names": ["a", "b"], "n_test": [10, 30], "split_hash": split_hash}
-    record["accuracy_matrix"] = [[None if joint else 0.75, None], [final, 0.25]]
-    record["metrics"] = summarize(record["accuracy_matrix"], [10, 30])  # type: ignore[typeddict-item]
-    record["cost"] |= {"train_s": 2.0 + seed, "peak_memory_bytes": 1000}
-    record["experiences"] = [
-        {
-            "experience": t,
-            "name": "ab"[t],
-            "rank": 8 * (t + 1),
-            "ranks_per_layer": [4, 8],
-            "complexity": 0.5,
-            "similarity": None if t == 0 else 0.25,
-            "trainable_parameters": 10 + t,
-            "stored_parameters": 1000 + t,
-            "head_parameters": 20 * (t + 1),
-            "train_s": 1.0,
-            "eval_s": 0.5,
-        }
-        for t in range(2)
-    ]
-    return record
 
 
 def test_runs() -> None:
@@ -204,11 +150,11 @@ def test_csvs_depend_on_the_records_only(tmp_path: Path) -> None:
     random.Random(1).shuffle(records)
     second = write_csvs(records, tmp_path / "b")
     assert {name: path.name for name, path in first.items()} == {
-        name: f"{name}.csv" for name in ("runs", "matrix", "ranks", "summary")
+        name: f"{name}.csv" for name in ("runs", "matrix", "ranks", "summary", "paired")
     }
     for name, path in first.items():
         assert path.read_bytes() == second[name].read_bytes()
-        assert len(list(path.parent.iterdir())) == 4
+        assert len(list(path.parent.iterdir())) == 5
 
 
 def test_csvs_read_back_exactly_with_empty_cells(tmp_path: Path) -> None:
@@ -219,7 +165,7 @@ def test_csvs_read_back_exactly_with_empty_cells(tmp_path: Path) -> None:
     assert failed["error"] == 'two\nlines, "quoted"'
     assert failed["class_order_seed"] == failed["forgetting"] == failed["rank"] == ""
     assert float(good["final_average_accuracy"]) == records[0]["metrics"]["final_average_accuracy"]
-    for name in ("runs", "matrix", "ranks", "summary"):
+    for name in ("runs", "matrix", "ranks", "summary", "paired"):
         frame = getattr(table, f"{name}_frame")(records)
         read = pd.read_csv(paths[name])
         assert list(read.columns) == list(frame.columns)
@@ -241,8 +187,9 @@ def test_render_markdown() -> None:
         "glyphs", "fmlora", "37.5 ± 17.7 (2)", "31.2 ± 8.8 (2)", "56.2 ± 8.8 (2)", "25.0 ± 35.4 (2)",
         "-25.0 ± 35.4 (2)", "50.0 ± 0.0 (2)", "1,001", "2.5", "",
     ]  # fmt: skip
-    assert cells[3][2:8] == ["37.5 ± – (1)", "31.2 ± – (1)", "–", "–", "–", "–"]
-    assert cells[3][-1] == "missing seeds: 1 of class order 0"
+    assert cells[3] == ["*all data at once (upper bound)*"] + [""] * 10
+    assert cells[4][2:8] == ["37.5 ± – (1)", "31.2 ± – (1)", "–", "–", "–", "–"]
+    assert cells[4][-1] == "missing seeds: 1 of class order 0"
 
 
 def test_render_csv_and_latex() -> None:
@@ -250,14 +197,15 @@ def test_render_csv_and_latex() -> None:
     rows = list(csv.DictReader(io.StringIO(render(summary_rows(records), "csv"))))
     assert rows[0]["FAA [%]"] == "50.0 ± – (1)"
     assert rows[0]["stored params"] == "1001"
-    assert rows[1]["AAA [%]"] == ""
+    assert (rows[1]["apart"], rows[1]["AAA [%]"]) == ("all data at once (upper bound)", "")
     latex = render(summary_frame(records), "latex", digits=2)
     lines = latex.splitlines()
     assert lines[0] == r"\begin{tabular}{lllrrrrrrrr}"
     assert lines[4].startswith(r"glyphs & fmlora & 50\% of\_it | x & $50.00$ (1) &")
     assert r" & $0.00$ (1) & " in lines[4], "no negative zero"
-    assert r" & -- & " in lines[5]
-    assert all(line.count("&") == 10 + line.count(r"\&") for line in (lines[2], lines[4], lines[5]))
+    assert lines[6] == r"\multicolumn{11}{l}{\emph{all data at once (upper bound)}} \\"
+    assert r" & -- & " in lines[7]
+    assert all(line.count("&") == 10 + line.count(r"\&") for line in (lines[2], lines[4], lines[7]))
     assert r"$37.50 \pm 17.68$ (2)" in render(summary_rows([make(0.25, seed=0), make(0.75, seed=1)]), "latex", 2)
     assert r"of_it \| x" in render(summary_rows(records))
     with pytest.raises(ValueError, match=r"'html'"):
@@ -290,4 +238,4 @@ def test_the_table_needs_nothing_heavy(tmp_path: Path) -> None:
         f"table.render(table.summary_rows(records)); table.write_csvs(records, {str(tmp_path)!r})\nprint(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "avalanche", "numpy", "pandas", "scipy", "pydantic"} & set(loaded)
+    assert not {"torch", "avalanche", "pandas", "scipy.stats", "matplotlib", "pydantic"} & set(loaded)

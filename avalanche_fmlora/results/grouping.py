@@ -1,0 +1,216 @@
+"""Which runs belong together: equal protocol, method, method options and label. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeAlias
+
+from avalanche_fmlora.results.schema import Record, order_key, run_id
+
+Row: TypeAlias = dict[str, Any]
+Pair: TypeAlias = tuple["int | None", int]
+
+JOINT = "all data at once (upper bound)"
+STATISTICS = "stores statistics of past data"
+
+
+class Run(NamedTuple):
+    """A record with what names its row among all records; `key` is equal for runs that may be averaged."""
+
+    record: Record
+    key: tuple[str, str, str, str, str]
+    protocol: str
+    protocol_id: str
+    label: str | None
+
+    @property
+    def pair(self) -> Pair:
+        """Class order and seed."""
+        return self.record["config"]["class_order_seed"], self.record["config"]["seed"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result."""
+        return self.record["status"] == "finished"
+
+    @property
+    def benchmark(self) -> str:
+        """What to call the data."""
+        return benchmark_name(self.record)
+
+    @property
+    def name(self) -> str:
+        """Method and label."""
+        return " ".join(filter(None, (self.record["config"]["method"], self.label)))
+
+    @property
+    def apart(self) -> str | None:
+        """Why this run doesn't compete with the others, if it doesn't."""
+        if len(self.record["experiences"]) == 1 < len(self.record["accuracy_matrix"]):
+            return JOINT
+        stored = any(row.get("stored_statistics") for row in self.record["experiences"])
+        return STATISTICS if stored else None
+
+
+def benchmark_name(record: Record) -> str:
+    """What to call the data in a table: the name of the user's folder or archive, where there is one."""
+    benchmark = record["config"]["benchmark"]
+    path = benchmark.get("path")
+    return PurePath(path).stem if path else str(benchmark["name"])
+
+
+def runs_of(records: Iterable[Record]) -> list[Run]:
+    """Records in their stable order, each with its protocol and label.
+
+    Raises:
+        ValueError: if a run is there twice.
+    """
+    ordered = sorted(records, key=order_key)
+    ids = [record["id"] for record in ordered]
+    if len(set(ids)) < len(ids):
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        raise ValueError(f"Expected each run once but got {twice} more than once: leave the copies out.")
+    facts = _joined_facts(ordered)
+    options = [_options(record, fact) for record, fact in zip(ordered, facts, strict=True)]
+    families: dict[tuple[str, str, str | None], list[Row]] = {}
+    for record, own in zip(ordered, options, strict=True):
+        families.setdefault(_family(record), []).append(own)
+    varying = {family: _varying(rows) for family, rows in families.items()}
+    protocols = _protocols(ordered, facts)
+    trained: dict[str, list[Row]] = {}
+    for record, (_, identity) in zip(ordered, protocols, strict=True):
+        trained.setdefault(identity, []).append(_settings(record))
+    runs = []
+    for record, own, (text, identity) in zip(ordered, options, protocols, strict=True):
+        config = record["config"]
+        key = (benchmark_name(record), identity, config["method"], config["label"] or "", _canonical(own))
+        shown = varying[_family(record)] | set(filter(_is_training, _varying(trained[identity])))
+        label = " ".join(filter(None, (config["label"], _shown(own, shown))))
+        runs.append(Run(record, key, text, identity, label or None))
+    return runs
+
+
+def groups_of(records: Iterable[Record]) -> list[list[Run]]:
+    """Runs that may be averaged, together; failed ones too."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs_of(records):
+        groups.setdefault(run.key, []).append(run)
+    return list(groups.values())
+
+
+def apart_of(group: Sequence[Run]) -> str | None:
+    """Why the runs of a group don't compete with other methods, if they don't."""
+    return next((run.apart for run in group if run.apart), None)
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Sorts ``rank=4`` before ``rank=16``."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts]
+
+
+def _family(record: Record) -> tuple[str, str, str | None]:
+    """Runs of one family are told apart by their options."""
+    config = record["config"]
+    return benchmark_name(record), config["method"], config["label"]
+
+
+def _options(record: Record, facts: Row) -> Row:
+    """Method options, flat, and the training configuration where the protocol leaves it free."""
+    own = _flat(record["config"]["method_options"])
+    settings = _settings(record)
+    return own | {key: value for key, value in settings.items() if _is_training(key) and facts.get(key) != value}
+
+
+def _joined_facts(records: Sequence[Record]) -> list[Row]:
+    """The protocol of each record; a labelled run takes part in that of the others though it trains otherwise.
+
+    Its label says that the difference is meant: a longer training of one method, say. Where the others train in several
+    ways, it is not clear whose part it would be, so it stays by itself.
+    """
+    facts = _facts(records)
+    usual: dict[tuple[str, str], list[Row]] = {}
+    for record, fact in zip(records, facts, strict=True):
+        ways = usual.setdefault((benchmark_name(record), _canonical(_without_training(fact))), [])
+        way = {key: value for key, value in fact.items() if _is_training(key)}
+        if record["config"]["label"] is None and way not in ways:
+            ways.append(way)
+    joined = []
+    for record, fact in zip(records, facts, strict=True):
+        ways = usual[benchmark_name(record), _canonical(_without_training(fact))]
+        free = record["config"]["label"] is not None and len(ways) < 2
+        joined.append({**_without_training(fact), **(ways[0] if ways else {})} if free else fact)
+    return joined
+
+
+def _facts(records: Sequence[Record]) -> list[Row]:
+    """Settings, data and weights of each record."""
+    settings = [_settings(record) for record in records]
+    found = [settings[k] | _found(record) for k, record in enumerate(records)]
+    # A run that failed early knows nothing of data and weights: it belongs where its settings belong.
+    finished = [k for k, record in enumerate(records) if record["status"] == "finished"]
+    measured = {_canonical(settings[k]): found[k] for k in reversed(finished)}
+    return [
+        fact if record["status"] == "finished" else measured.get(_canonical(own), own)
+        for record, own, fact in zip(records, settings, found, strict=True)
+    ]
+
+
+def _protocols(records: Sequence[Record], facts: Sequence[Row]) -> list[tuple[str, str]]:
+    """For each record the fields in which its protocol differs from others of its benchmark, and the protocol's id."""
+    names = [benchmark_name(record) for record in records]
+    settings = [{k: v for k, v in fact.items() if not k.startswith(("data.", "weights."))} for fact in facts]
+    varying: dict[str, set[str]] = {}
+    for name in set(names):
+        same = [k for k, other in enumerate(names) if other == name]
+        enough = len({_canonical(settings[k]) for k in same}) == len({_canonical(facts[k]) for k in same})
+        varying[name] = _varying([(settings if enough else facts)[k] for k in same])
+    return [(_shown(fact, varying[name]), run_id(fact)[:8]) for fact, name in zip(facts, names, strict=True)]
+
+
+def _settings(record: Record) -> Row:
+    """What the configuration says of the protocol, flat: ``{"training.epochs": 5, ...}``."""
+    own = ("method", "method_options", "seed", "class_order_seed", "label")
+    return _flat({key: value for key, value in record["config"].items() if key not in own})
+
+
+def _found(record: Record) -> Row:
+    """What the run found: data and weights."""
+    benchmark: Mapping[str, object] = record["benchmark"]
+    data = {key: benchmark[key] for key in ("kind", "image_size", "split_hash", "mean", "std")}
+    data["n_experiences"] = len(record["benchmark"]["experience_names"])
+    return _flat({"data": data, "weights": record["backbone"]})
+
+
+def _is_training(key: str) -> bool:
+    return key.startswith("training.")
+
+
+def _without_training(row: Row) -> Row:
+    return {key: value for key, value in row.items() if not _is_training(key)}
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Row:
+    flat: Row = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _varying(rows: Sequence[Row]) -> set[str]:
+    """The keys that aren't there with the same value in every row."""
+    keys = {key for row in rows for key in row}
+    return {key for key in keys if len({_canonical(row[key]) if key in row else None for row in rows}) > 1}
+
+
+def _shown(row: Row, keys: set[str]) -> str:
+    """``key=value key=value`` for those of `keys` that the row has; hashes cut short."""
+    texts = {key: row[key] if isinstance(row[key], str) else _canonical(row[key]) for key in sorted(keys & row.keys())}
+    return " ".join(f"{key}={text[:12] if re.fullmatch('[0-9a-f]{64}', text) else text}" for key, text in texts.items())

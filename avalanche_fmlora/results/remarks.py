@@ -1,0 +1,84 @@
+"""What a reader of a table should know: mixed protocols, versions and hardware, missing and failed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from avalanche_fmlora.results.grouping import Run, groups_of, runs_of
+from avalanche_fmlora.results.paired import pair_key
+from avalanche_fmlora.results.record import file_name
+from avalanche_fmlora.results.schema import Record
+
+_VERSIONS = ("avalanche_fmlora", "torch", "torchvision", "timm", "avalanche", "python")
+_HARDWARE = ("processor", "device", "threads")
+
+
+def remarks(records: Iterable[Record]) -> list[str]:
+    """A sentence for each thing that keeps runs from being compared, with the files and how to mend it.
+
+    Runs of several protocols are in rows of their own, never averaged; other versions and other hardware are only told.
+    """
+    records = list(records)
+    protocols: dict[tuple[str, str], list[Run]] = {}
+    for run in runs_of(records):
+        protocols.setdefault((run.benchmark, run.protocol_id), []).append(run)
+    notes = _mixed(protocols)
+    for runs in protocols.values():
+        notes += _differing(runs)
+    notes += [note for group in groups_of(records) for note in _missing(group, protocols)]
+    failed = [run for run in runs_of(records) if not run.finished]
+    if failed:
+        notes.append(
+            f"Failed, and in no mean: {_files(failed)}. `fmlora table --csv-to FOLDER` writes their errors into "
+            "runs.csv; the same `fmlora compare` runs them again."
+        )
+    return notes
+
+
+def _mixed(protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
+    notes = []
+    for name in sorted({benchmark for benchmark, _ in protocols}):
+        own = [runs for (benchmark, _), runs in protocols.items() if benchmark == name]
+        if len(own) > 1:
+            parts = "; ".join(f"{runs[0].protocol or 'without these'} ({_files(runs)})" for runs in own)
+            notes.append(
+                f"The records of {name} follow {len(own)} protocols, whose runs are neither averaged nor compared with "
+                f"each other: {parts}. Keep each in a folder of its own, or give runs that train otherwise on purpose "
+                "a `label`."
+            )
+    return notes
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    notes = []
+    finished = [run for run in runs if run.finished]
+    for fields, effect in ((_VERSIONS, "results may differ slightly"), (_HARDWARE, "times do not compare")):
+        for field in fields:
+            by_value: dict[str, list[Run]] = {}
+            for run in finished:
+                environment: dict[str, object] = dict(run.record["environment"])
+                by_value.setdefault(str(environment[field]), []).append(run)
+            if len(by_value) > 1:
+                parts = "; ".join(f"{value} ({_files(same)})" for value, same in sorted(by_value.items()))
+                notes.append(f"{runs[0].benchmark}: several values of {field}, so {effect}: {parts}.")
+    return notes
+
+
+def _missing(group: Sequence[Run], protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
+    first = group[0]
+    wanted = {run.pair for run in protocols[first.benchmark, first.protocol_id]}
+    missing = sorted(wanted - {run.pair for run in group if run.finished}, key=pair_key)
+    if not missing:
+        return []
+    orders, seeds = (",".join(str(v) for v in dict.fromkeys(values)) for values in zip(*missing, strict=True))
+    command = f"fmlora compare --methods {first.record['config']['method']} --class-orders {orders} --seeds {seeds}"
+    return [
+        f"{first.benchmark}: {first.name} lacks class order {orders} (seed {seeds}), which other methods have, so its "
+        "mean is over other runs than theirs; paired differences use the common ones. "
+        f"Run `{command}` with the same configuration and --out."
+    ]
+
+
+def _files(runs: Sequence[Run]) -> str:
+    names = [file_name(run.record) for run in runs]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
