@@ -272,6 +272,55 @@ def transport_rows(rows: Tensor, transport: Tensor) -> Tensor:
     return F.normalize(rows + rows @ transport, dim=-1)
 
 
+def within_class_covariance(features: Tensor, labels: Tensor) -> Tensor:
+    """Covariance of the normalised features around the mean of their class, pooled over classes.
+
+    Args:
+        features: shape [M, D].
+        labels: shape [M].
+
+    Returns:
+        Shape [D, D]; zero if no class has two samples.
+
+    >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    >>> within_class_covariance(z, torch.tensor([4, 4, 7]))
+    tensor([[ 0.5000, -0.5000],
+            [-0.5000,  0.5000]])
+    """
+    classes = labels.unique()
+    means, _ = class_means(features, labels, classes)
+    residuals = F.normalize(features, dim=-1) - means[torch.searchsorted(classes, labels)]
+    return residuals.T @ residuals / max(1, len(labels) - len(classes))
+
+
+def whitened_rows(rows: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
+    """Rows whose products with features rank the classes as their cosines after whitening do.
+
+    With ``Σ = S + λ·tr(S)/D·I``, classes are told apart by ``cos(Σ^-½ f, Σ^-½ w_c)``. The length of ``Σ^-½ f`` is the
+    same for all classes, so ``f · Σ⁻¹w_c / |Σ^-½ w_c|`` ranks them alike, and prediction needs rows alone.
+
+    Args:
+        rows: class means w, of any length, shape [C, D].
+        covariance: within-class covariance S, shape [D, D].
+        shrinkage: λ > 0; the larger, the nearer to plain cosines.
+
+    Returns:
+        Shape [C, D], times a common factor that makes them 1 long in the mean; the normalised rows where S is zero.
+
+    >>> whitened_rows(torch.tensor([[3.0, 4.0]]), torch.zeros(2, 2), 1.0)
+    tensor([[0.6000, 0.8000]])
+    """
+    size = len(covariance)
+    sigma, w = covariance.double(), F.normalize(rows.double(), dim=-1)
+    spread = sigma.trace() / size
+    if spread <= 0:
+        return w.to(rows)
+    sigma = sigma / spread + shrinkage * torch.eye(size, dtype=sigma.dtype, device=sigma.device)
+    solved = torch.linalg.solve(sigma, w.T).T
+    folded = solved / (solved * w).sum(-1, keepdim=True).sqrt()
+    return (folded / folded.norm(dim=-1).mean()).to(rows)
+
+
 def row_distillation(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
     """Mean over samples of Σ_c (cos(f, w_c) − cos(f_teacher, w_c))² over the rows of past classes.
 

@@ -29,6 +29,7 @@ class IncrementalHead(nn.Module):
         bias: shape [C] (zero with `cosine`).
         seen: bool, shape [C].
         counts: training samples of each class so far, shape [C].
+        folded: rows used between experiences in the place of `rows`, where given (see :meth:`fold`): [C, D], else [0, D].
         active: the classes in training, in order, shape [A].
         active_rows, active_bias: their parameters, shapes [A, D] and [A].
     """
@@ -37,6 +38,7 @@ class IncrementalHead(nn.Module):
     bias: Tensor
     seen: Tensor
     counts: Tensor
+    folded: Tensor
     active: Tensor
     active_rows: nn.Parameter | None
     active_bias: nn.Parameter | None
@@ -50,6 +52,7 @@ class IncrementalHead(nn.Module):
         self.register_buffer("bias", torch.zeros(0))
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(0))
+        self.register_buffer("folded", torch.zeros(0, dim))
         self.register_buffer("active", torch.zeros(0, dtype=torch.long))
         self.register_parameter("active_rows", None)
         self.register_parameter("active_bias", None)
@@ -78,11 +81,14 @@ class IncrementalHead(nn.Module):
         self.bias = F.pad(self.bias, (0, extra))
         self.seen = F.pad(self.seen, (0, extra))
         self.counts = F.pad(self.counts, (0, extra))
+        if len(self.folded):
+            self.folded = F.pad(self.folded, (0, 0, 0, extra))
 
     @torch.no_grad()
     def begin(self, classes: Iterable[int]) -> None:
         """Open an experience: its classes' rows become parameters; new rows start random (cosine) or at zero."""
         self.close()
+        self.folded = self.folded[:0]
         ordered = sorted(int(c) for c in classes)
         self.grow(ordered)
         self.active = torch.tensor(ordered, dtype=torch.long, device=self.rows.device)
@@ -114,6 +120,22 @@ class IncrementalHead(nn.Module):
         if self.active_rows is not None:
             self.active_rows.copy_(self.rows[self.active])
 
+    @torch.no_grad()
+    def fold(self, rows: Tensor) -> None:
+        """Predict with these rows [C, D], as they are, until the next experience begins; `rows` stay for it.
+
+        Raises:
+            ValueError: if the head is linear.
+        """
+        if not self.cosine or rows.shape != self.rows.shape:
+            raise ValueError(f"Expected rows of a cosine head of shape {tuple(self.rows.shape)} but got {rows.shape}.")
+        self.folded = rows.to(self.rows)
+
+    def prediction_rows(self) -> Tensor:
+        """What a cosine head multiplies normalised features with, [C, D]: the normalised rows, or the folded ones."""
+        folded = len(self.folded) > 0 and not len(self.active)
+        return self.folded if folded else F.normalize(self.weights(), dim=-1)
+
     def weights(self) -> Tensor:
         """All rows [C, D], those in training with their gradient."""
         if self.active_rows is None:
@@ -128,20 +150,20 @@ class IncrementalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`."""
-        weights = self.weights()
         if self.cosine:
-            logits = self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(weights, dim=-1))
+            logits = self.scale * F.linear(F.normalize(features, dim=-1), self.prediction_rows())
         else:
-            logits = F.linear(features, weights, self.biases())
+            logits = F.linear(features, self.weights(), self.biases())
         return logits.masked_fill(~self.seen, UNSEEN_LOGIT)
 
     def stored_parameters(self) -> int:
-        """Numbers kept: one row a class seen (and a bias if linear)."""
-        return int(self.seen.sum()) * (self.dim + (0 if self.cosine else 1))
+        """Numbers kept: one row a class seen (two if folded, and a bias if linear)."""
+        rows = 2 if len(self.folded) else 1
+        return int(self.seen.sum()) * (rows * self.dim + (0 if self.cosine else 1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
-        for name in ("rows", "bias", "seen", "counts", "active"):
+        for name in ("rows", "bias", "seen", "counts", "folded", "active"):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:
                 setattr(self, name, torch.empty_like(saved, device=self.rows.device))

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -210,7 +209,7 @@ def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
 
 
 def _plain_head(head: IncrementalHead) -> nn.Module:
-    weights, unseen = head.weights(), ~head.seen
+    weights, unseen = head.prediction_rows() if head.cosine else head.weights(), ~head.seen
     linear = nn.Linear(head.dim, head.n_classes, bias=not head.cosine or bool(unseen.any())).to(weights)
     if linear.bias is not None:
         linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT))
@@ -218,5 +217,5 @@ def _plain_head(head: IncrementalHead) -> nn.Module:
         linear.weight.copy_(weights)
         return linear
     # RMSNorm without weights is f·√D/‖f‖: with rows s·w/(‖w‖√D) behind it the logits are exactly s·cos(f, w).
-    linear.weight.copy_(head.scale * F.normalize(weights, dim=-1) / head.dim**0.5)
+    linear.weight.copy_(head.scale * weights / head.dim**0.5)
     return nn.Sequential(nn.RMSNorm(head.dim, eps=torch.finfo(weights.dtype).tiny, elementwise_affine=False), linear)

@@ -37,16 +37,26 @@ class ClassMeanPlugin(SupervisedPlugin):
         transport: move rows of classes that are not in the experience along with the drift of its images' features,
             where a map fitted on half of them explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
+        whitening: shrinkage λ; where given, predictions between experiences are made in the space in which the current
+            experience's images scatter alike in all directions around their class means. Only rows are kept of it.
 
     Attributes:
         gains: share of the drift explained on held-out images, for each experience with classes of the past to move.
     """
 
-    def __init__(self, *, train_rows: bool = True, transport: bool = False, ridge: float = 10.0) -> None:
+    def __init__(
+        self,
+        *,
+        train_rows: bool = True,
+        transport: bool = False,
+        ridge: float = 10.0,
+        whitening: float | None = None,
+    ) -> None:
         super().__init__()
         self.train_rows = train_rows
         self.transport = transport
         self.ridge = ridge
+        self.whitening = whitening
         self.gains: list[float] = []
         self._before: Tensor | None = None
 
@@ -73,6 +83,9 @@ class ClassMeanPlugin(SupervisedPlugin):
         else:
             self._write(head, features, labels, classes)
         head.counts += torch.bincount(labels, minlength=head.n_classes)
+        if self.whitening is not None:
+            covariance = functional.within_class_covariance(features, labels)
+            head.fold(functional.whitened_rows(head.rows, covariance, self.whitening))
         self._before = None
 
     @staticmethod

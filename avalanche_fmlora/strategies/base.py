@@ -146,7 +146,8 @@ class ContinualStrategy(SupervisedTemplate):
     def _frame_plugins(self) -> list[BasePlugin]:
         plugins: list[BasePlugin] = []
         if self.config.classifier == "class_mean":
-            plugins.append(ClassMeanPlugin(transport=self.config.row_transport, ridge=self.config.transport_ridge))
+            c = self.config
+            plugins.append(ClassMeanPlugin(transport=c.row_transport, ridge=c.transport_ridge, whitening=c.whitening))
         if self.config.lr_schedule != "constant":
             plugins.append(SchedulePlugin(self.config.lr_schedule))
         return plugins

@@ -29,6 +29,9 @@ class MethodConfig(StrictModel):
     """Move the `class_mean` rows of past classes along with the drift of the current experience's features."""
     transport_ridge: float = Field(10.0, gt=0)
     """Strength, in samples, of the anchor that holds the transport at the identity."""
+    whitening: float | None = Field(None, gt=0)
+    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
+    current features, of which nothing else is kept; null for plain cosines."""
     loss_classes: Literal["current", "seen"] = "current"
     """Classes in the training loss: the experience's own (and those of replayed samples), or all seen so far."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

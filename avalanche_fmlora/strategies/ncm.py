@@ -43,4 +43,4 @@ class NCMStrategy(ContinualStrategy):
 
     def build_plugins(self) -> list[BasePlugin]:
         """Rows are written when the experience ends."""
-        return [ExperiencePlugin(), ClassMeanPlugin(train_rows=False)]
+        return [ExperiencePlugin(), ClassMeanPlugin(train_rows=False, whitening=self.config.whitening)]
