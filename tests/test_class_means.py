@@ -154,3 +154,21 @@ def test_recurring_classes_keep_what_training_made_of_their_rows(
     assert not torch.allclose(seen[0], first), "the start counts the new domain's images"
     trained = seen[0] + 0.25 * strategy.train_epochs
     torch.testing.assert_close(strategy.model.head.rows, trained / trained.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "ncm"])
+def test_whitened_rows_come_from_the_current_experience_alone(
+    name: str, make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    """Twin: covariance of the last experience's features under the final model; the rows themselves stay means."""
+    strategy = train(make_strategy(name, whitening=0.5), class_benchmark)
+    head = strategy.model.head
+    z, y = _features(strategy, [class_benchmark.train_stream[2]])
+    expected = functional.whitened_rows(head.rows, functional.within_class_covariance(z, y), 0.5)
+    torch.testing.assert_close(head.folded, expected, rtol=1e-4, atol=1e-5)
+    images = torch.stack([x for x, *_ in class_benchmark.test_stream[0].dataset])
+    logits = strategy.model.eval()(images)
+    torch.testing.assert_close(
+        logits, head.scale * F.normalize(strategy.model.features(images), dim=-1) @ head.folded.T
+    )
+    torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=1e-4, atol=1e-4)

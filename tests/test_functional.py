@@ -283,3 +283,35 @@ def test_a_rank_is_sized_by_the_complexity_of_the_first_experience(later: float,
     selector = RankSelector(8, sigma=0.1)
     selector.begin(functional.relative_complexity(later, 0.4), similarity=0.0)
     assert selector.choose()[0] == (rank,)
+
+
+def test_within_class_covariance_is_the_pooled_scatter_around_the_means() -> None:
+    torch.manual_seed(0)
+    features, labels = torch.randn(9, 4, dtype=torch.float64), torch.tensor([3, 3, 7, 7, 7, 1, 3, 7, 7])
+    scatter = torch.zeros(4, 4, dtype=torch.float64)
+    for c in (1, 3, 7):
+        z = [F.normalize(f, dim=0) for f, y in zip(features, labels, strict=True) if y == c]
+        mean = sum(z) / len(z)
+        scatter += sum(torch.outer(x - mean, x - mean) for x in z)
+    torch.testing.assert_close(functional.within_class_covariance(features, labels), scatter / (9 - 3))
+
+
+@pytest.mark.parametrize("shrinkage", [0.1, 1.0])
+def test_whitened_rows_rank_classes_as_cosines_after_whitening(shrinkage: float) -> None:
+    """Twin: whiten rows and features with the symmetric root of Σ⁻¹, then take cosines."""
+    torch.manual_seed(0)
+    rows, features = torch.randn(5, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    half = torch.randn(6, 6, dtype=torch.float64)
+    covariance = half @ half.T
+    sigma = covariance + shrinkage * covariance.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(sigma)
+    root = vectors @ torch.diag(values**-0.5) @ vectors.T
+    expected = F.normalize(features @ root, dim=-1) @ F.normalize(rows @ root, dim=-1).T
+    folded = functional.whitened_rows(rows, covariance, shrinkage)
+    given = F.normalize(features, dim=-1) @ folded.T
+    ratio = expected / given
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # one positive factor an image
+    assert (ratio > 0).all()
+    assert folded.norm(dim=-1).mean().item() == pytest.approx(1)
+    plain = functional.whitened_rows(rows, covariance, 1e9)
+    torch.testing.assert_close(plain, F.normalize(rows, dim=-1), rtol=0, atol=1e-6)

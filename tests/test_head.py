@@ -125,3 +125,25 @@ def test_state_dict_goes_into_a_head_of_any_size(cosine: bool, open_: bool) -> N
         other.load_state_dict(torch.load(buffer))
         assert torch.equal(other(_features()), head(_features()))
         assert other.active.tolist() == head.active.tolist()
+
+
+def test_folded_rows_predict_between_experiences_only() -> None:
+    head = IncrementalHead(4, scale=7.0)
+    _train(head, [0, 1])
+    head.close()
+    folded = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
+    plain, one_row = head(_features()), head.stored_parameters()
+    head.fold(folded)
+    torch.testing.assert_close(head(_features()), 7 * F.normalize(_features(), dim=-1) @ folded.T)
+    assert head.stored_parameters() == 2 * one_row
+    copy = IncrementalHead(4, scale=7.0)
+    copy.load_state_dict(head.state_dict())
+    assert torch.equal(copy(_features()), head(_features()))
+    head.grow([3])
+    assert head(_features())[0].tolist()[2:] == [UNSEEN_LOGIT] * 2
+    head.begin([2])
+    torch.testing.assert_close(head(_features())[:, :2], plain)
+    with pytest.raises(ValueError, match="shape"):
+        head.fold(folded)
+    with pytest.raises(ValueError, match="cosine"):
+        IncrementalHead(4, cosine=False).fold(torch.zeros(0, 4))

@@ -29,7 +29,7 @@ class IncrementalHead(nn.Module):
         bias: shape [C] (zero with `cosine`).
         seen: bool, shape [C].
         counts: training samples of each class so far, shape [C].
-        folded: rows used between experiences in the place of `rows`, where given (see :meth:`fold`): [C, D], else [0, D].
+        folded: rows for prediction between experiences, see :meth:`fold`; shape [C, D], or [0, D] if there are none.
         active: the classes in training, in order, shape [A].
         active_rows, active_bias: their parameters, shapes [A, D] and [A].
     """
