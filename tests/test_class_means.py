@@ -172,3 +172,16 @@ def test_whitened_rows_come_from_the_current_experience_alone(
         logits, head.scale * F.normalize(strategy.model.features(images), dim=-1) @ head.folded.T
     )
     torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_running_covariance_is_the_mean_over_samples(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    """Frozen features: the running covariance is the sample-weighted mean of the experiences' own, and is declared."""
+    strategy = train(make_strategy("ncm", whitening=0.5, whitening_covariance="running"), class_benchmark)
+    parts = [_features(strategy, [e]) for e in class_benchmark.train_stream]
+    total = sum(len(y) for _, y in parts)
+    expected = sum(functional.within_class_covariance(z, y) * len(y) / total for z, y in parts)
+    head = strategy.model.head
+    torch.testing.assert_close(head.covariance, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.folded, functional.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
+    assert strategy.model.stored_statistics() == head.dim**2
+    assert make_strategy("ncm", whitening=0.5).model.stored_statistics() == 0

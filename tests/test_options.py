@@ -44,6 +44,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "row_transport": {"classifier": "class_mean", "transport_ridge": 0.01},
     "transport_ridge": {"classifier": "class_mean", "row_transport": True},
     "whitening": {"classifier": "class_mean"},
+    "whitening_covariance": {"classifier": "class_mean", "whitening": 0.1},
     "momentum": {"optimizer": "sgd"},
     "slow_share": {"bases": "slow"},
     "n_tasks": {"threshold": 0.5},

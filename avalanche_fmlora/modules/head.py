@@ -30,6 +30,7 @@ class IncrementalHead(nn.Module):
         seen: bool, shape [C].
         counts: training samples of each class so far, shape [C].
         folded: rows for prediction between experiences, see :meth:`fold`; shape [C, D], or [0, D] if there are none.
+        covariance: mean within-class covariance, shape [D, D], or [0, D] if it is not kept (:meth:`take_covariance`).
         active: the classes in training, in order, shape [A].
         active_rows, active_bias: their parameters, shapes [A, D] and [A].
     """
@@ -38,7 +39,9 @@ class IncrementalHead(nn.Module):
     bias: Tensor
     seen: Tensor
     counts: Tensor
+    covariance_samples: Tensor
     folded: Tensor
+    covariance: Tensor
     active: Tensor
     active_rows: nn.Parameter | None
     active_bias: nn.Parameter | None
@@ -53,6 +56,8 @@ class IncrementalHead(nn.Module):
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(0))
         self.register_buffer("folded", torch.zeros(0, dim))
+        self.register_buffer("covariance", torch.zeros(0, dim))
+        self.register_buffer("covariance_samples", torch.zeros(()))
         self.register_buffer("active", torch.zeros(0, dtype=torch.long))
         self.register_parameter("active_rows", None)
         self.register_parameter("active_bias", None)
@@ -131,6 +136,15 @@ class IncrementalHead(nn.Module):
             raise ValueError(f"Expected rows of a cosine head of shape {tuple(self.rows.shape)} but got {rows.shape}.")
         self.folded = rows.to(self.rows)
 
+    @torch.no_grad()
+    def take_covariance(self, covariance: Tensor, samples: int) -> Tensor:
+        """Add an experience's covariance [D, D] of so many samples to the mean that is kept; returns that mean."""
+        past = self.covariance if len(self.covariance) else torch.zeros_like(covariance)
+        total = self.covariance_samples + samples
+        self.covariance = past + (covariance.to(past) - past) * (samples / total)
+        self.covariance_samples = total
+        return self.covariance
+
     def prediction_rows(self) -> Tensor:
         """What a cosine head multiplies normalised features with, [C, D]: the normalised rows, or the folded ones."""
         folded = len(self.folded) > 0 and not len(self.active)
@@ -161,9 +175,13 @@ class IncrementalHead(nn.Module):
         rows = 2 if len(self.folded) else 1
         return int(self.seen.sum()) * (rows * self.dim + (0 if self.cosine else 1))
 
+    def stored_statistics(self) -> int:
+        """Numbers kept that prediction does not read: the covariance, if it is."""
+        return self.covariance.numel()
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
-        for name in ("rows", "bias", "seen", "counts", "folded", "active"):
+        for name in ("rows", "bias", "seen", "counts", "folded", "covariance", "active"):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:
                 setattr(self, name, torch.empty_like(saved, device=self.rows.device))

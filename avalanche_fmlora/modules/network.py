@@ -138,7 +138,8 @@ class ContinualNetwork(nn.Module):
 
     def stored_statistics(self) -> int:
         """Numbers kept between experiences for training only (feature bases, say); prediction does not read them."""
-        return self.lora.stored_statistics() if self.lora is not None else 0
+        own = self.lora.stored_statistics() if self.lora is not None else 0
+        return own + self.head.stored_statistics()
 
     def trainable_parameters(self) -> int:
         """Numbers trained in the current experience, the head's rows left out."""

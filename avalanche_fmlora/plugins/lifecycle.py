@@ -39,6 +39,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         ridge: anchor of that map, in samples.
         whitening: shrinkage λ; where given, predictions between experiences are made in the space in which the current
             experience's images scatter alike in all directions around their class means. Only rows are kept of it.
+        running: whiten by the covariance of all experiences so far instead, which the head keeps.
 
     Attributes:
         gains: share of the drift explained on held-out images, for each experience with classes of the past to move.
@@ -51,12 +52,14 @@ class ClassMeanPlugin(SupervisedPlugin):
         transport: bool = False,
         ridge: float = 10.0,
         whitening: float | None = None,
+        running: bool = False,
     ) -> None:
         super().__init__()
         self.train_rows = train_rows
         self.transport = transport
         self.ridge = ridge
         self.whitening = whitening
+        self.running = running
         self.gains: list[float] = []
         self._before: Tensor | None = None
 
@@ -85,6 +88,8 @@ class ClassMeanPlugin(SupervisedPlugin):
         head.counts += torch.bincount(labels, minlength=head.n_classes)
         if self.whitening is not None:
             covariance = functional.within_class_covariance(features, labels)
+            if self.running:
+                covariance = head.take_covariance(covariance, len(labels))
             head.fold(functional.whitened_rows(head.rows, covariance, self.whitening))
         self._before = None
 

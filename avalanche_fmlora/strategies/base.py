@@ -146,11 +146,20 @@ class ContinualStrategy(SupervisedTemplate):
     def _frame_plugins(self) -> list[BasePlugin]:
         plugins: list[BasePlugin] = []
         if self.config.classifier == "class_mean":
-            c = self.config
-            plugins.append(ClassMeanPlugin(transport=c.row_transport, ridge=c.transport_ridge, whitening=c.whitening))
+            plugins.append(self._class_mean_plugin(transport=self.config.row_transport))
         if self.config.lr_schedule != "constant":
             plugins.append(SchedulePlugin(self.config.lr_schedule))
         return plugins
+
+    def _class_mean_plugin(self, *, train_rows: bool = True, transport: bool = False) -> ClassMeanPlugin:
+        c = self.config
+        return ClassMeanPlugin(
+            train_rows=train_rows,
+            transport=transport,
+            ridge=c.transport_ridge,
+            whitening=c.whitening,
+            running=c.whitening_covariance == "running",
+        )
 
     @classmethod
     def _resolve(cls, config: MethodConfig | None, options: dict[str, Any]) -> Any:

@@ -32,6 +32,9 @@ class MethodConfig(StrictModel):
     whitening: float | None = Field(None, gt=0)
     """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
     current features, of which nothing else is kept; null for plain cosines."""
+    whitening_covariance: Literal["current", "running"] = "current"
+    """Covariance that whitens: of the current experience, or the mean over all experiences so far, for which D x D
+    numbers are kept (a stored statistic, which the record declares)."""
     loss_classes: Literal["current", "seen"] = "current"
     """Classes in the training loss: the experience's own (and those of replayed samples), or all seen so far."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

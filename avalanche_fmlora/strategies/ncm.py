@@ -8,7 +8,7 @@ from avalanche.core import BasePlugin
 from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin, ExperiencePlugin
+from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig
 from avalanche_fmlora.strategies.registry import register
@@ -43,4 +43,4 @@ class NCMStrategy(ContinualStrategy):
 
     def build_plugins(self) -> list[BasePlugin]:
         """Rows are written when the experience ends."""
-        return [ExperiencePlugin(), ClassMeanPlugin(train_rows=False, whitening=self.config.whitening)]
+        return [ExperiencePlugin(), self._class_mean_plugin(train_rows=False)]
