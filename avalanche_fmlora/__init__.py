@@ -28,11 +28,13 @@ _WHERE = {
     "image_folder": "data.image_folder",
     "glyph_vit": "data.glyph_vit",
     "load_backbone": "backbones",
+    "compare": "comparison",
 }
 __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
     from avalanche_fmlora.backbones import load_backbone as load_backbone
+    from avalanche_fmlora.comparison import compare as compare
     from avalanche_fmlora.data.glyph_vit import glyph_vit as glyph_vit
     from avalanche_fmlora.data.glyphs import domain_glyphs as domain_glyphs
     from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs

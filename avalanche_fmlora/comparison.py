@@ -1,0 +1,93 @@
+"""A comparison in one call, for notebooks and scripts: what `fmlora compare` runs, given as keywords."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from avalanche_fmlora.config import RunConfig
+from avalanche_fmlora.grid import expand
+from avalanche_fmlora.results.record import Record
+from avalanche_fmlora.sweep import quiet_imports, sweep
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    methods: Sequence[str | Mapping[str, Any]] | None = None,
+    *,
+    class_order_seeds: Sequence[int | None] = (0,),
+    seeds: Sequence[int] = (0,),
+    out: str | Path = "runs",
+    jobs: int = 1,
+    device: str = "cpu",
+    threads: int | None = None,
+    data_root: str | Path | None = None,
+    report: Callable[[str], object] | None = None,
+    **fields: Any,
+) -> list[Record]:
+    """Run several methods on the same data. What is finished in `out` is not run again.
+
+    Tables and figures are made of the result: :func:`avalanche_fmlora.results.table.summary_frame` or
+    :func:`avalanche_fmlora.results.figures.accuracy_over_experiences`, say.
+
+    Args:
+        methods: names, or mappings with `method`, its options and perhaps a `label` for tables, as
+            ``{"method": "fm_lora", "rank": 16}``; None is all methods.
+        class_order_seeds: of the class or domain order; every method runs on each.
+        seeds: of initial values and batches; every method runs with each.
+        out: folder; records are kept in its ``records``.
+        jobs: runs at once, each in a process of its own if more than one. A method that is registered in a notebook is
+            known to this process only: it needs 1.
+        device: where to compute.
+        threads: CPU threads a run; None shares the cores out.
+        data_root: folder of relative data paths.
+        report: called with a line of text after each run, ``print`` say.
+        fields: what all runs share: parts of the configuration, as in a YAML file
+            (``benchmark={"name": "split_glyphs", "n_experiences": 5}``, ``training={"epochs": 3}``), and options of
+            methods, for each method that has them (``precision="bf16"``).
+
+    Returns:
+        One record a run, in order; one that broke down has status ``failed``, and its error is logged.
+
+    Raises:
+        ValueError: for an unknown method, field or option.
+        FileNotFoundError: if data or weights are not there.
+    """
+    options: dict[str, Any] = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
+    options |= {"class_order_seeds": list(class_order_seeds), "seeds": list(seeds)}
+    if methods is not None:
+        options["methods"] = [m if isinstance(m, str) else dict(m) for m in methods]
+    of_methods = [(name, value) for name, value in fields.items() if name not in options]
+
+    def tell(done: int, of: int, record: Record) -> None:
+        line = f"[{done}/{of}] {one_line(record)}"
+        if record["status"] != "finished":
+            logger.warning(line)
+        if report is not None:
+            report(line)
+
+    with warnings.catch_warnings():
+        quiet_imports()
+        return sweep(
+            expand(options, of_methods),
+            Path(out) / "records",
+            jobs=jobs,
+            device=device,
+            threads=threads,
+            data_root=None if data_root is None else Path(data_root),
+            report=tell,
+        )
+
+
+def one_line(record: Record) -> str:
+    """What became of a run: method, class order, and its final average accuracy or its error."""
+    config = record["config"]
+    name = f"{config['label'] or config['method']}, class order {config['class_order_seed']}"
+    if record["status"] != "finished":
+        return f"{name}: failed: {record['error']}"
+    accuracy, train_s = record["metrics"]["final_average_accuracy"], record["cost"]["train_s"]
+    return f"{name}: final average accuracy {100 * (accuracy or 0):.1f} %, {train_s or 0:.0f} s of training"

@@ -1,0 +1,50 @@
+"""`compare` is `fmlora compare` as a call: the same runs, under the same names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avalanche_fmlora import compare
+from avalanche_fmlora.grid import expand
+from avalanche_fmlora.results.record import blank_record, read_records
+
+SMALL: dict[str, Any] = {"benchmark": {"name": "split_glyphs", "n_experiences": 2}, "training": {"epochs": 1}}
+
+
+def test_runs_are_those_of_the_command_line_and_run_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    methods = ["ncm", {"method": "ncm", "label": "bf16", "precision": "bf16"}]
+    records = compare(methods, **SMALL, logit_scale=8.0, out=tmp_path, threads=1, report=lines.append)
+    configs = expand({**SMALL, "methods": methods}, [("logit_scale", 8.0)])
+    assert [r["id"] for r in records] == [blank_record(c.identity())["id"] for c in configs]
+    assert [r["config"]["method_options"]["precision"] for r in records] == ["fp32", "bf16"]
+    assert all(0.5 < (r["metrics"]["final_average_accuracy"] or 0) < 0.95 for r in records)
+    assert lines[1].startswith("[2/2] bf16, class order 0: final average accuracy ")
+    again = compare(methods, **SMALL, logit_scale=8.0, out=tmp_path, threads=1)
+    assert [r["cost"]["train_s"] for r in again] == [r["cost"]["train_s"] for r in records], "read, not run"
+    assert len(read_records(tmp_path / "records")) == 2
+
+
+def test_wrong_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'fm_lora'\?"):
+        compare(["fmlora"], out=tmp_path)
+    with pytest.raises(ValueError, match=r"did you mean `rank`\?"):
+        compare(["fm_lora"], rnk=8, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_is_said_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("avalanche_fmlora.experiment.make_benchmark", broken)
+    with caplog.at_level(logging.WARNING, "avalanche_fmlora"):
+        (record,) = compare(["ncm"], **SMALL, out=tmp_path, threads=1)
+    assert record["status"] == "failed"
+    assert caplog.messages == ["[1/1] ncm, class order 0: failed: RuntimeError: out of memory"]
