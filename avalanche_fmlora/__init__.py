@@ -23,6 +23,7 @@ _WHERE = {
     "SDLoRAStrategy": "strategies.sd_lora",
     "RankSelectionPlugin": "plugins.rank_selection",
     "MetaPromptPlugin": "plugins.meta_prompt",
+    "CheckpointPlugin": "plugins.checkpoint",
     "split_glyphs": "data.glyphs",
     "domain_glyphs": "data.glyphs",
     "image_folder": "data.image_folder",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from avalanche_fmlora.data.glyphs import domain_glyphs as domain_glyphs
     from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs
     from avalanche_fmlora.data.image_folder import image_folder as image_folder
+    from avalanche_fmlora.plugins.checkpoint import CheckpointPlugin as CheckpointPlugin
     from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin
     from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
     from avalanche_fmlora.strategies.coda_prompt import CODAPromptStrategy as CODAPromptStrategy

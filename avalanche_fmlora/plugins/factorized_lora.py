@@ -54,4 +54,5 @@ class CoreRegularizationPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The teacher is gone."""
+        self._rows = None
         self._cache.clear()

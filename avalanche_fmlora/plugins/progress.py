@@ -11,6 +11,9 @@ from tqdm import tqdm
 class ProgressPlugin(SupervisedPlugin):
     """Shows iterations done of an experience on standard error, if that is a terminal."""
 
+    checkpointed = False
+    """Nothing of it is kept in checkpoints."""
+
     def __init__(self) -> None:
         super().__init__()
         self._bar: Any = None

@@ -66,8 +66,12 @@ class RankSelectionPlugin(SupervisedPlugin):
         self._iteration = 0
         self._search_iterations = 0
 
-    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Data and experience are set, the model has not grown: measure, and set the prior."""
+    def attach(self, strategy: Any) -> None:
+        """Put the selector into the model, if there is none yet; training does so by itself.
+
+        Raises:
+            ValueError: if the model has no low-rank updates.
+        """
         lora = getattr(strategy.model, "lora", None)
         if lora is None:
             raise ValueError(
@@ -78,6 +82,11 @@ class RankSelectionPlugin(SupervisedPlugin):
             groups = len(lora.layers) if self.per_layer else 1
             selector = RankSelector(lora.rank, self.candidates, self.sigma, groups, self.seed)
             strategy.model.selector = selector.to(strategy.device)
+
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Data and experience are set, the model has not grown: measure, and set the prior."""
+        self.attach(strategy)
+        lora = strategy.model.lora
         features, labels = training_features(strategy, self.max_samples)
         complexity = float(functional.complexity(features, labels))
         similarity = self._similarity(strategy, features, labels) if int(lora.experiences) else 0.0
@@ -86,7 +95,12 @@ class RankSelectionPlugin(SupervisedPlugin):
         relative = functional.relative_complexity(complexity, float(lora.first_complexity))
         target = strategy.model.selector.begin(relative, similarity)
         self.history.append(
-            {"experience": len(self.history), "complexity": complexity, "similarity": similarity, "target": target}
+            {
+                "experience": int(lora.experiences),
+                "complexity": complexity,
+                "similarity": similarity,
+                "target": target,
+            }
         )
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:

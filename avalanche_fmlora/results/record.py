@@ -176,13 +176,13 @@ def find_record(folder: str | Path, config: Mapping[str, Any]) -> Record | None:
     return None
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write UTF-8 `text` beside `path`, flush it to disk, then rename: a reader sees the old file or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Write bytes, or text as UTF-8, beside `path`, flush, then rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

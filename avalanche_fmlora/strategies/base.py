@@ -25,6 +25,7 @@ from avalanche_fmlora.modules.vit import check_vit, feature_dim
 from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin, ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
+from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,6 +100,7 @@ class ContinualStrategy(SupervisedTemplate):
             eval_every=eval_every,
             peval_mode=peval_mode,
         )
+        self.plugins.sort(key=lambda plugin: getattr(plugin, "runs_last", False))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self._features = torch.compile(network.features) if self.config.compile else network.features
         self._current: Any = None
@@ -301,6 +303,18 @@ class ContinualStrategy(SupervisedTemplate):
         """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
         state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"))
         self.model.load_adapter_state(state)
+
+    def training_state(self) -> dict[str, Any]:
+        """All that going on after a finished experience needs; see :mod:`strategies.training_state`."""
+        return training_state(self)
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`training_state` was called on a strategy that was built in the same way."""
+        load_training_state(self, state)
+
+    def training_identity(self) -> dict[str, Any]:
+        """What two strategies must share for one to take the other's training state: method, options, backbone."""
+        return training_identity(self)
 
 
 # Avalanche has wrapped this class's constructor in the same check; see `__init_subclass__`.

@@ -46,7 +46,7 @@ class JointStrategy(SeqLoRAStrategy):
         Raises:
             ValueError: when called a second time.
         """
-        if self._experiences:
+        if self.resources:
             raise ValueError("Joint training sees all data at once: call `train` once, with the whole stream.")
         self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
         return super().train(self._experiences[0], eval_streams, **kwargs)

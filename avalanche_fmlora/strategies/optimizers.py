@@ -56,12 +56,57 @@ def refresh_optimizer(optimizer: Optimizer, model: nn.Module, groups: Mapping[st
         model: its parameters leave the groups unless they are in `groups`.
         groups: name -> what trains now.
     """
-    ours = {id(p) for p in model.parameters()} | optimizer.__dict__.setdefault("_fmlora_given", set())
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ours]
+    for group, kept in zip(optimizer.param_groups, _users_own(optimizer, model), strict=True):
+        group["params"] = kept
     by_name = {group.get("name"): group for group in optimizer.param_groups}
     given = {name: list(params) for name, params in groups.items()}
     for name, params in given.items():
         by_name.get(name, optimizer.param_groups[0])["params"].extend(params)
     optimizer.__dict__["_fmlora_given"] = {id(p) for params in given.values() for p in params}
     optimizer.state.clear()
+
+
+def optimizer_state(
+    optimizer: Optimizer, model: nn.Module, unscaled: Iterable[tuple[dict[str, Any], float]] = ()
+) -> dict[str, Any]:
+    """What an optimizer is between two experiences: its groups' rates and options, and tensors that are not the model's.
+
+    There are no moments in it: :func:`refresh_optimizer` forgets them before the next experience.
+
+    Args:
+        optimizer: as it is after an experience.
+        model: the strategy's.
+        unscaled: groups whose rate is another for the time being, with the one that they get back.
+    """
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    place = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    for group, rate in reversed(list(unscaled)):
+        groups[place[id(group)]]["lr"] = rate
+    return {"groups": groups, "tensors": [[p.detach() for p in own] for own in _users_own(optimizer, model)]}
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give an optimizer that was built in the same way what :func:`optimizer_state` gave.
+
+    Raises:
+        ValueError: if its groups, or the tensors in them that are not the model's, are others.
+    """
+    own = _users_own(optimizer, model)
+    found = [(group.get("name"), [p.shape for p in params]) for group, params in zip(optimizer.param_groups, own, strict=True)]
+    pairs = zip(state["groups"], state["tensors"], strict=True)
+    wanted = [(group.get("name"), [t.shape for t in tensors]) for group, tensors in pairs]
+    if found != wanted:
+        raise ValueError(
+            f"Expected an optimizer with the groups and tensors {wanted} but got {found}: build it as the one saved."
+        )
+    for group, params, values, tensors in zip(optimizer.param_groups, own, state["groups"], state["tensors"], strict=True):
+        group.update(values)
+        for parameter, tensor in zip(params, tensors, strict=True):
+            parameter.copy_(tensor)
+
+
+def _users_own(optimizer: Optimizer, model: nn.Module) -> list[list[Any]]:
+    """Of each group, the tensors that were given neither by the model nor to the optimizer by us."""
+    ours = {id(p) for p in model.parameters()} | optimizer.__dict__.setdefault("_fmlora_given", set())
+    return [[p for p in group["params"] if id(p) not in ours] for group in optimizer.param_groups]

@@ -1,0 +1,148 @@
+"""What a strategy needs to go on after a finished experience as if it had never stopped; the backbone is not in it.
+
+Between experiences that is: all that was added to the backbone, random generators, the rates and whatever else the
+optimizer's groups say (every experience starts it without moments), the fp16 scale, what plugins and metrics remember.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.templates.base_sgd import PeriodicEval
+from torch import nn
+
+from avalanche_fmlora.backbones import state_sha256
+from avalanche_fmlora.checkpoint import random_state, set_random_state
+from avalanche_fmlora.modules.network import ContinualNetwork, backbone_parameter_names
+from avalanche_fmlora.strategies.object_state import is_ours, load_object_state, object_state, plain
+from avalanche_fmlora.strategies.optimizers import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from avalanche_fmlora.strategies.base import ContinualStrategy
+
+_SCHEDULER = "state of the scheduler"
+
+logger = logging.getLogger(__name__)
+
+
+def training_state(strategy: ContinualStrategy) -> dict[str, Any]:
+    """The state of a strategy between two experiences, as :func:`checkpoint.write_checkpoint` takes it.
+
+    A plugin that is not of this package keeps its numbers and strings; what else it holds is named in the log.
+    """
+    return {
+        "model": _model_state(strategy.model),
+        "optimizer": optimizer_state(strategy.optimizer, strategy.model, strategy._unscaled),
+        "scaler": strategy._scaler.state_dict(),
+        "resources": strategy.resources,
+        "clock": dict(vars(strategy.clock)),
+        "plugins": [_plugin_state(p) for p in _keeping(strategy)],
+        "metrics": _metric_state(strategy.evaluator),
+        "random": random_state(),
+    }
+
+
+def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -> None:
+    """Put a strategy that was built in the same way where :func:`training_state` was called.
+
+    Raises:
+        ValueError: if it was built in another way, as far as that shows.
+    """
+    plugins, saved = _keeping(strategy), [name for name, _ in state["plugins"]]
+    if [type(p).__name__ for p in plugins] != saved:
+        raise ValueError(
+            f"Expected a strategy with the plugins {saved} but this one has {[type(p).__name__ for p in plugins]}: "
+            "build it as the one that was saved."
+        )
+    for plugin, (_, kept) in zip(plugins, state["plugins"], strict=True):
+        load_object_state(plugin, {name: value for name, value in kept.items() if name != _SCHEDULER})
+        if isinstance(plugin, LRSchedulerPlugin):
+            plugin.scheduler.load_state_dict(kept[_SCHEDULER])
+    _load_model_state(strategy, state["model"])
+    load_optimizer_state(strategy.optimizer, strategy.model, state["optimizer"])
+    strategy._unscaled.clear()
+    strategy._scaler.load_state_dict(state["scaler"])
+    strategy.resources = list(state["resources"])
+    vars(strategy.clock).update(state["clock"])
+    _load_metric_state(strategy.evaluator, state["metrics"])
+    set_random_state(state["random"])
+
+
+def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
+    """What a checkpoint of a strategy is only good for: method, options, and the backbone's weights."""
+    tensors = strategy.model.vit.state_dict()
+    weights = {name.replace(".base.", "."): tensors[name] for name in backbone_parameter_names(strategy.model.vit)}
+    config = strategy.config.model_dump(mode="json")
+    return {"method": strategy.method, "options": config, "backbone": state_sha256(weights)}
+
+
+def _model_state(model: ContinualNetwork) -> dict[str, Any]:
+    selector = {} if model.selector is None else model.selector.state_dict()
+    return {
+        "tensors": model.adapter_state(),
+        "selector": selector,
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "objects": {name: kept for name, m in model.named_modules() if (kept := _hidden_state(m))},
+    }
+
+
+def _hidden_state(module: nn.Module) -> dict[str, Any]:
+    """What no state dict shows: a module's random generators, and objects of this package that are no modules."""
+    hidden = [name for name, v in vars(module).items() if isinstance(v, torch.Generator) or is_ours(v)]
+    return object_state(module, hidden)[0]
+
+
+def _load_model_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -> None:
+    model = strategy.model
+    if state["selector"]:
+        for plugin in strategy.plugins:
+            if hasattr(plugin, "attach"):
+                plugin.attach(strategy)
+        if model.selector is None:
+            raise ValueError("Expected a strategy with a RankSelectionPlugin: build it as the one that was saved.")
+        model.selector.load_state_dict(state["selector"])
+    model.load_adapter_state(state["tensors"])
+    model.to(strategy.device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state["trainable"])
+    for name, kept in state["objects"].items():
+        load_object_state(model.get_submodule(name), kept)
+
+
+def _keeping(strategy: ContinualStrategy) -> list[Any]:
+    """The plugins that remember something, in order; those of the frame are kept apart."""
+    frame = (EvaluationPlugin, PeriodicEval, Clock)
+    return [p for p in strategy.plugins if not isinstance(p, frame) and vars(p) and getattr(p, "checkpointed", True)]
+
+
+def _plugin_state(plugin: Any) -> tuple[str, dict[str, Any]]:
+    kept, left_out = object_state(plugin, tensors=is_ours(plugin))
+    if isinstance(plugin, LRSchedulerPlugin):
+        left_out.remove("scheduler")
+        kept[_SCHEDULER] = plain(plugin.scheduler.state_dict())
+    if left_out and not is_ours(plugin):
+        logger.warning(
+            "A checkpoint can't hold what %s keeps in %s: going on from it may differ from a run without a break.",
+            type(plugin).__name__, ", ".join(f"`{name}`" for name in left_out),
+        )  # fmt: skip
+    return type(plugin).__name__, kept
+
+
+def _metric_state(evaluator: EvaluationPlugin) -> dict[str, Any]:
+    kept, _ = object_state(evaluator, ("metrics", "last_metric_results", "all_metric_results"))
+    return {"names": [type(m).__name__ for m in evaluator.metrics], **kept}
+
+
+def _load_metric_state(evaluator: EvaluationPlugin, state: Mapping[str, Any]) -> None:
+    names = [type(m).__name__ for m in evaluator.metrics]
+    if names != state["names"]:
+        raise ValueError(
+            f"Expected a strategy with the metrics {state['names']} but this one has {names}: "
+            "build it as the one that was saved."
+        )
+    load_object_state(evaluator, {name: value for name, value in state.items() if name != "names"})
