@@ -122,7 +122,7 @@ class CheckpointFolder:
                 logger.warning("%s The one before it is used.", reason)
             return finished, state
         if refused:
-            raise ValueError("\n".join(refused) + "\nThere is no other checkpoint: delete the folder to start anew.")
+            raise ValueError("\n".join(refused))
         return None
 
     def clear(self) -> None:
@@ -195,9 +195,10 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_unpack(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    kind, content = next(iter(value.items()), ("", None))
+    kind = next(iter(value), "")
     if not kind.startswith("$"):
         return {k: _unpack(v, tensors) for k, v in value.items()}
+    content = value[kind]
     if kind == "$tensor":
         return tensors[content]
     if kind == "$items":

@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.plugins.progress import ProgressPlugin
 from avalanche_fmlora.results.record import Cost, Metrics, Record, blank_record, environment
 from avalanche_fmlora.results.record import Experience as ExperienceRow
+from avalanche_fmlora.resuming import RunCheckpoints
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.registry import method as method_class
 
@@ -65,6 +66,7 @@ def run(
     threads: int = 1,
     data_root: Path | None = None,
     progress: bool = False,
+    checkpoint_dir: Path | None = None,
 ) -> Record:
     """Train and evaluate once.
 
@@ -74,9 +76,11 @@ def run(
         threads: CPU threads of torch.
         data_root: folder of relative data paths.
         progress: show a bar for each experience, on a terminal.
+        checkpoint_dir: folder of this run's checkpoints and nothing else. If it holds some, the run goes on after the
+            last experience that it finished, and ends with the same record as one that was never stopped.
 
     Returns:
-        A finished record; nothing is written.
+        A finished record; nothing but checkpoints is written.
     """
     torch.set_num_threads(threads)
     started = _now()
@@ -91,7 +95,21 @@ def run(
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
     with _peak_memory(device) as peak, _forward_passes(strategy.model.vit) as passes:
         loop = _Loop(strategy, benchmark, passes)
-        loop.joint() if strategy.joint else loop.continual()
+        checkpoints = None
+        if checkpoint_dir is not None:
+            checkpoints = RunCheckpoints(
+                checkpoint_dir,
+                config.identity(),
+                data=benchmark.info.split_hash,
+                backbone=backbone.sha256,
+                environment=record["environment"],
+                started_at=started,
+            )
+            checkpoints.resume(loop)
+            started = checkpoints.started_at
+        for _ in loop.joint() if strategy.joint else loop.continual():
+            if checkpoints is not None:
+                checkpoints.save(loop, _peak_bytes(device))
     record["benchmark"] = dataclasses.asdict(benchmark.info)  # type: ignore[typeddict-item]
     record["backbone"] = {
         "tag": backbone.tag,
@@ -104,7 +122,8 @@ def run(
     record["metrics"] = cast(Metrics, summarize(loop.matrix, benchmark.info.n_test))
     record["experiences"] = cast(list[ExperienceRow], loop.experiences)
     gmacs = _gmacs(strategy, backbone.image_size)
-    record["cost"] = cast(Cost, {**loop.cost(), "peak_memory_bytes": peak[0], "gmacs_per_image": gmacs})
+    peak_bytes = max(peak[0], checkpoints.peak_memory_bytes if checkpoints is not None else 0)
+    record["cost"] = cast(Cost, {**loop.cost(), "peak_memory_bytes": peak_bytes, "gmacs_per_image": gmacs})
     record["status"], record["error"] = "finished", None
     record["started_at"], record["finished_at"] = started, _now()
     return record
@@ -141,19 +160,32 @@ class _Loop:
         self.trained_images = self.tested_images = 0
         self.train_passes = self.test_passes = 0
 
-    def continual(self) -> None:
-        """R[t, i] for i ≤ t."""
-        for t, experience in enumerate(self.benchmark.train_stream):
+    def state(self) -> dict[str, Any]:
+        """Rows and sums so far."""
+        return {k: v for k, v in vars(self).items() if k not in ("strategy", "benchmark", "passes")}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from rows and sums."""
+        vars(self).update(state)
+
+    def continual(self) -> Iterator[int]:
+        """R[t, i] for i ≤ t; each experience that is done, from the first that is not yet."""
+        for t in range(len(self.experiences), len(self.benchmark.train_stream)):
+            experience = self.benchmark.train_stream[t]
             train_s = self._train(experience, len(experience.dataset))
             self._evaluate(t, train_s, range(t + 1))
+            yield t
 
-    def joint(self) -> None:
+    def joint(self) -> Iterator[int]:
         """Only the last row of R is known."""
+        if self.experiences:
+            return
         count = len(self.benchmark.train_stream)
         total = sum(len(e.dataset) for e in self.benchmark.train_stream)
         train_s = self._train(self.benchmark.train_stream, total)
         self.matrix = [[None] * count for _ in range(count - 1)]
         self._evaluate(count - 1, train_s, range(count))
+        yield count - 1
 
     def _train(self, experiences: Any, images: int) -> float:
         start, before = time.perf_counter(), self.passes[0]
@@ -231,18 +263,18 @@ def _peak_memory(device: str) -> Iterator[list[int]]:
     peak = [0]
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device)
-        return
-    try:  # Linux: start counting anew, so that runs in one process do not inherit each other's peak
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        logger.debug("The peak of this process's memory can't be reset here.")
+    else:
+        try:  # Linux: start counting anew, so that runs in one process do not inherit each other's peak
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            logger.debug("The peak of this process's memory can't be reset here.")
     yield peak
-    peak[0] = _process_peak_bytes()
+    peak[0] = _peak_bytes(device)
 
 
-def _process_peak_bytes() -> int:
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())

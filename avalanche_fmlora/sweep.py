@@ -83,17 +83,31 @@ def sweep(
 def run_and_write(
     config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None, progress: bool = False
 ) -> Record:
-    """Run once and write the record; a breakdown becomes a failed record with its error."""
-    from avalanche_fmlora.experiment import run
+    """Run once and write the record; a breakdown becomes a failed record with its error.
 
+    Checkpoints lie below `folder` until there is a finished record: run again, it goes on from the last of them.
+    """
+    from avalanche_fmlora.experiment import run
+    from avalanche_fmlora.resuming import checkpoint_folder
+
+    checkpoints = checkpoint_folder(folder, config.identity())
     try:
-        record = run(config, device=device, threads=threads, data_root=data_root, progress=progress)
+        record = run(
+            config,
+            device=device,
+            threads=threads,
+            data_root=data_root,
+            progress=progress,
+            checkpoint_dir=checkpoints.folder,
+        )
     except Exception as error:
         logger.debug("%s", traceback.format_exc())
         record = blank_record(config.identity())
         record["environment"] = environment(device, threads)
         record["error"] = f"{type(error).__name__}: {error}"
     write_record(record, folder)
+    if record["status"] == "finished":
+        checkpoints.clear()
     return record
 
 

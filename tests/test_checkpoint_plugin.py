@@ -18,7 +18,10 @@ from avalanche_fmlora.strategies.registry import methods
 
 METHODS = sorted(methods())
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "everything": ("fm_lora", {"classifier": "class_mean", "row_transport": True, "prompt_length": 2, "stability": 0.1}),
+    "everything": (
+        "fm_lora",
+        {"classifier": "class_mean", "row_transport": True, "prompt_length": 2, "stability": 0.1},
+    ),
     "per layer": ("fm_lora", {"rank_selection": {"per_layer": True}}),
     "slow bases": ("fm_lora", {"bases": "slow", "optimizer": "sgd"}),
     "fp16": ("seq_lora", {"precision": "fp16"}),

@@ -54,7 +54,13 @@ class CheckpointPlugin(SupervisedPlugin):
             ValueError: if there are checkpoints but none of them is whole and of such a strategy.
         """
         self._identity = _check(strategy).training_identity()
-        found = self.checkpoints.latest(self._identity)
+        try:
+            found = self.checkpoints.latest(self._identity)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nThere is no other checkpoint: build the strategy as the one that was saved, or delete "
+                f"{self.checkpoints.folder} to start anew."
+            ) from None
         if found is None:
             return 0
         finished, state = found
@@ -94,7 +100,7 @@ class CheckpointPlugin(SupervisedPlugin):
 def _check(strategy: Any) -> Any:
     if not hasattr(strategy, "training_state"):
         raise ValueError(
-            f"CheckpointPlugin expects a strategy of avalanche_fmlora but got {type(strategy).__name__}: only these say "
-            "what belongs into a checkpoint."
+            f"CheckpointPlugin expects a strategy of avalanche_fmlora but got {type(strategy).__name__}: "
+            "other strategies don't say what belongs into a checkpoint. Leave the plugin out."
         )
     return strategy

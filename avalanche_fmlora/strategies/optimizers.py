@@ -69,7 +69,7 @@ def refresh_optimizer(optimizer: Optimizer, model: nn.Module, groups: Mapping[st
 def optimizer_state(
     optimizer: Optimizer, model: nn.Module, unscaled: Iterable[tuple[dict[str, Any], float]] = ()
 ) -> dict[str, Any]:
-    """What an optimizer is between two experiences: its groups' rates and options, and tensors that are not the model's.
+    """What an optimizer is between two experiences: options of its groups, and tensors that are not the model's.
 
     There are no moments in it: :func:`refresh_optimizer` forgets them before the next experience.
 
@@ -93,14 +93,19 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[
         ValueError: if its groups, or the tensors in them that are not the model's, are others.
     """
     own = _users_own(optimizer, model)
-    found = [(group.get("name"), [p.shape for p in params]) for group, params in zip(optimizer.param_groups, own, strict=True)]
+    found = [
+        (group.get("name"), [p.shape for p in params])
+        for group, params in zip(optimizer.param_groups, own, strict=True)
+    ]
     pairs = zip(state["groups"], state["tensors"], strict=True)
     wanted = [(group.get("name"), [t.shape for t in tensors]) for group, tensors in pairs]
     if found != wanted:
         raise ValueError(
             f"Expected an optimizer with the groups and tensors {wanted} but got {found}: build it as the one saved."
         )
-    for group, params, values, tensors in zip(optimizer.param_groups, own, state["groups"], state["tensors"], strict=True):
+    for group, params, values, tensors in zip(
+        optimizer.param_groups, own, state["groups"], state["tensors"], strict=True
+    ):
         group.update(values)
         for parameter, tensor in zip(params, tensors, strict=True):
             parameter.copy_(tensor)

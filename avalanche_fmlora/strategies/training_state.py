@@ -40,7 +40,7 @@ def training_state(strategy: ContinualStrategy) -> dict[str, Any]:
         "optimizer": optimizer_state(strategy.optimizer, strategy.model, strategy._unscaled),
         "scaler": strategy._scaler.state_dict(),
         "resources": strategy.resources,
-        "clock": dict(vars(strategy.clock)),
+        "clock": object_state(strategy.clock)[0],
         "plugins": [_plugin_state(p) for p in _keeping(strategy)],
         "metrics": _metric_state(strategy.evaluator),
         "random": random_state(),
@@ -68,7 +68,7 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
     strategy._unscaled.clear()
     strategy._scaler.load_state_dict(state["scaler"])
     strategy.resources = list(state["resources"])
-    vars(strategy.clock).update(state["clock"])
+    load_object_state(strategy.clock, state["clock"])
     _load_metric_state(strategy.evaluator, state["metrics"])
     set_random_state(state["random"])
 

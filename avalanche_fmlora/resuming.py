@@ -1,0 +1,103 @@
+"""A run that was killed goes on from the last experience that it finished: its own checkpoints, beside the records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from avalanche_fmlora import __version__
+from avalanche_fmlora.checkpoint import CheckpointFolder
+from avalanche_fmlora.results.record import run_id
+
+logger = logging.getLogger(__name__)
+
+
+class Loop(Protocol):
+    """What a run is in the middle of."""
+
+    strategy: Any
+    experiences: list[dict[str, Any]]
+
+    def state(self) -> dict[str, Any]:
+        """Rows and sums so far, as plain values."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from rows and sums."""
+
+
+def checkpoint_folder(records: Path, identity: Mapping[str, Any]) -> CheckpointFolder:
+    """Where a run with this configuration keeps its checkpoints, below the folder of its record."""
+    return CheckpointFolder(records / "checkpoints" / run_id(identity))
+
+
+class RunCheckpoints:
+    """Checkpoints of one run.
+
+    Seconds and images of a run are sums over the experiences, of which each was finished in one go: what a kill made
+    void is not in them. `started_at` is the first start, the peak of memory that of all parts.
+
+    Args:
+        folder: of the run.
+        configuration: the run's identity.
+        data: hash of the split.
+        backbone: hash of the weights.
+        environment: versions and hardware of this process.
+        started_at: of this process.
+
+    Attributes:
+        peak_memory_bytes: of the parts before this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        configuration: Mapping[str, Any],
+        *,
+        data: str | None,
+        backbone: str,
+        environment: Mapping[str, Any],
+        started_at: str,
+    ) -> None:
+        self.checkpoints = CheckpointFolder(folder)
+        self.environment = dict(environment)
+        self.started_at = started_at
+        self.peak_memory_bytes = 0
+        plain = {k: v for k, v in configuration.items() if k != "label"}
+        self._identity = {"configuration": plain, "data": data, "backbone": backbone, "avalanche_fmlora": __version__}
+
+    def resume(self, loop: Loop) -> None:
+        """Bring a fresh loop to where the last good checkpoint was written; without one, leave it as it is."""
+        try:
+            found = self.checkpoints.latest(self._identity)
+        except ValueError as error:
+            logger.warning("%s\nThere is no other checkpoint: the run starts from the beginning.", error)
+            return
+        if found is None:
+            return
+        finished, state = found
+        others = [k for k, v in state["environment"].items() if self.environment.get(k) != v]
+        if others:
+            logger.warning("The first %d experiences were run with another %s.", finished, ", ".join(others))
+        loop.strategy.load_training_state(state["strategy"])
+        loop.load_state(state["loop"])
+        self.started_at = state["started_at"]
+        self.peak_memory_bytes = state["peak_memory_bytes"]
+        logger.warning("Going on after %d finished experiences, from %s.", finished, self.checkpoints.folder)
+
+    def save(self, loop: Loop, peak_memory_bytes: int) -> None:
+        """Write a checkpoint; call it when an experience is trained and evaluated.
+
+        Args:
+            loop: of the run.
+            peak_memory_bytes: of this process so far.
+        """
+        state = {
+            "loop": loop.state(),
+            "strategy": loop.strategy.training_state(),
+            "started_at": self.started_at,
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes),
+            "environment": self.environment,
+        }
+        self.checkpoints.save(len(loop.experiences), state, self._identity)
