@@ -24,6 +24,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "per layer": ("fm_lora", {"rank_selection": {"per_layer": True}}),
     "slow bases": ("fm_lora", {"bases": "slow", "optimizer": "sgd"}),
+    "whitened": ("ncm", {"whitening": 0.5, "whitening_covariance": "running"}),
     "fp16": ("seq_lora", {"precision": "fp16"}),
     "class means": ("seq_lora", {"classifier": "class_mean", "row_transport": True}),
 }
@@ -68,12 +69,6 @@ def _run(case: str, folder: Path | None, make_strategy: Any, benchmark: Any, sto
     return strategy
 
 
-def _facts(strategy: Any) -> Any:
-    state = strategy.training_state()
-    state["clock"].pop("total_iterations")
-    return state
-
-
 def _assert_same(one: Any, other: Any, place: str = "") -> None:
     assert type(one) is type(other), place
     if isinstance(one, torch.Tensor):
@@ -96,10 +91,10 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(
     case: str, make_strategy: Any, class_benchmark: Any, tmp_path: Path
 ) -> None:
     whole = _run(case, None, make_strategy, class_benchmark)
-    for stop in (2, 1):  # the second time a run that has been resumed is stopped
+    for stop in (1, 2):  # the second time a run that has been resumed is stopped
         with pytest.raises(KeyboardInterrupt):
-            _run(case, tmp_path / str(stop), make_strategy, class_benchmark, stop)
+            _run(case, tmp_path, make_strategy, class_benchmark, stop)
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    resumed = _run(case, tmp_path / "2", make_strategy, class_benchmark)
-    _assert_same(_facts(resumed), _facts(whole))
+    resumed = _run(case, tmp_path, make_strategy, class_benchmark)
+    _assert_same(resumed.training_state(), whole.training_state())
     assert resumed.clock.train_exp_counter == 3
