@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from avalanche_fmlora import __version__
 from avalanche_fmlora.checkpoint import CheckpointFolder
 from avalanche_fmlora.results.record import run_id
 
@@ -65,7 +64,8 @@ class RunCheckpoints:
         self.started_at = started_at
         self.peak_memory_bytes = 0
         plain = {k: v for k, v in configuration.items() if k != "label"}
-        self._identity = {"configuration": plain, "data": data, "backbone": backbone, "avalanche_fmlora": __version__}
+        version = self.environment["avalanche_fmlora"]
+        self._identity = {"configuration": plain, "data": data, "backbone": backbone, "avalanche_fmlora": version}
 
     def resume(self, loop: Loop) -> None:
         """Bring a fresh loop to where the last good checkpoint was written; without one, leave it as it is."""
