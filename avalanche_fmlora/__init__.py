@@ -27,6 +27,11 @@ _WHERE = {
     "split_glyphs": "data.glyphs",
     "domain_glyphs": "data.glyphs",
     "image_folder": "data.image_folder",
+    "split_cifar100": "data.cifar100",
+    "split_imagenet_r": "data.imagenet_r",
+    "split_cub200": "data.cub200",
+    "domainnet": "data.domainnet",
+    "domainnet_cil": "data.domainnet",
     "glyph_vit": "data.glyph_vit",
     "load_backbone": "backbones",
     "compare": "comparison",
@@ -36,11 +41,16 @@ __all__ = [*_WHERE, "__version__"]
 if TYPE_CHECKING:
     from avalanche_fmlora.backbones import load_backbone as load_backbone
     from avalanche_fmlora.comparison import compare as compare
+    from avalanche_fmlora.data.cifar100 import split_cifar100 as split_cifar100
+    from avalanche_fmlora.data.cub200 import split_cub200 as split_cub200
+    from avalanche_fmlora.data.domainnet import domainnet as domainnet
+    from avalanche_fmlora.data.domainnet import domainnet_cil as domainnet_cil
     from avalanche_fmlora.data.glyph_vit import glyph_vit as glyph_vit
     from avalanche_fmlora.data.glyphs import domain_glyphs as domain_glyphs
     from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs
     from avalanche_fmlora.data.image_folder import image_folder as image_folder
     from avalanche_fmlora.plugins.checkpoint import CheckpointPlugin as CheckpointPlugin
+    from avalanche_fmlora.data.imagenet_r import split_imagenet_r as split_imagenet_r
     from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin
     from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
     from avalanche_fmlora.strategies.coda_prompt import CODAPromptStrategy as CODAPromptStrategy

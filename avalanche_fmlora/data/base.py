@@ -165,8 +165,8 @@ def class_incremental(
             f"Expected `n_experiences` to divide the {n_classes} classes of {name} but got {n_experiences}: "
             f"choose one of {[d for d in range(1, n_classes + 1) if n_classes % d == 0]}."
         )
-    _require_all_classes(name, "train", train, class_names)
-    _require_all_classes(name, "test", test, class_names)
+    _require_all_classes(name, "train", train.labels, class_names)
+    _require_all_classes(name, "test", test.labels, class_names)
     chosen = _transforms(train, mean, std, augment, transforms)
     order = order_of(n_classes, class_order_seed)
     to_label = np.empty(n_classes, dtype=np.int64)
@@ -212,11 +212,13 @@ def domain_incremental(
     std: Sequence[float] = IMAGENET_STD,
     augment: Sequence[Transform] = (),
     transforms: Transforms | None = None,
+    whole: bool = True,
     extra: dict[str, Any] | None = None,
 ) -> Any:
     """One experience a domain, all with the same classes; `class_order_seed` draws the order of the domains.
 
     Arguments, result and errors are those of :func:`class_incremental`; labels are the indices into `class_names`.
+    With `whole` false a domain may lack images of some classes, as DomainNet's do, as long as another one has them.
     """
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.scenarios import with_classes_timeline
@@ -225,9 +227,10 @@ def domain_incremental(
 
     if len(domains) < 2:
         raise ValueError(f"Expected at least two domains for {name} but got {[d.name for d in domains]}.")
-    for domain in domains:
-        _require_all_classes(name, f"{domain.name}/train", domain.train, class_names)
-        _require_all_classes(name, f"{domain.name}/test", domain.test, class_names)
+    for split in ("train", "test"):
+        parts = {f"{d.name}/{split}": getattr(d, split).labels for d in domains}
+        for place, labels in (parts if whole else {split: np.concatenate(list(parts.values()))}).items():
+            _require_all_classes(name, place, labels, class_names)
     order = order_of(len(domains), class_order_seed)
     ordered = [domains[i] for i in order]
     chosen = _transforms(ordered[0].train, mean, std, augment, transforms)
@@ -277,8 +280,8 @@ def _transforms(
     return Transforms("none", size, train, evaluate, "as given")
 
 
-def _require_all_classes(name: str, split: str, images: ImageSet, class_names: Sequence[str]) -> None:
-    missing = sorted(set(range(len(class_names))) - set(images.labels.tolist()))
+def _require_all_classes(name: str, split: str, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    missing = sorted(set(range(len(class_names))) - set(labels.tolist()))
     if missing:
         shown = ", ".join(repr(class_names[i]) for i in missing[:5]) + (" …" if len(missing) > 5 else "")
         raise ValueError(

@@ -19,7 +19,7 @@ from avalanche_fmlora.data.download import RemoteFile
 from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, locate
 
-REMOTES = (RemoteFile(CIFAR100.url, CIFAR100.filename, f"md5:{CIFAR100.tgz_md5}"),)
+ARCHIVE = RemoteFile(CIFAR100.url, CIFAR100.filename, f"md5:{CIFAR100.tgz_md5}")
 
 _SIDE = 32
 _ALLOWED = {
@@ -29,6 +29,11 @@ _ALLOWED = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
+
+
+def remotes() -> tuple[RemoteFile, ...]:
+    """The published files."""
+    return (ARCHIVE,)
 
 
 def split_cifar100(
@@ -71,8 +76,8 @@ def split_cifar100(
     """
     options = Options("split_cifar100", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
     transforms = options.transforms
-    with Files(locate(options.title, path, download, REMOTES), cache_dir) as files:
-        if _folder(files) is None and (archive := files.archive_for(options.title, REMOTES[0])):
+    with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
+        if _folder(files) is None and (archive := files.archive_for(options.title, ARCHIVE)):
             files.add_archive(archive)
         train = _image_set(_unpickled(files, options, *CIFAR100.train_list[0]))
         test = _image_set(_unpickled(files, options, *CIFAR100.test_list[0]))
@@ -104,8 +109,8 @@ def _unpickled(files: Files, options: Options, name: str, md5: str) -> dict[str,
     base = _folder(files)
     if base is None:
         raise ValueError(
-            f"Expected the files `train`, `test` and `meta` side by side in '{files.path}' or below, or {REMOTES[0].name}, "
-            "but they are not there: give the folder cifar-100-python or the archive."
+            f"Expected the files `train`, `test` and `meta` side by side in '{files.path}' or below, or the archive "
+            f"{ARCHIVE.name}, but they are not there: give the folder cifar-100-python or the archive."
         )
     data = files.read(next(entry for entry in files.entries if entry.name == f"{base}{name}"))
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""CUB-200-2011: 11,788 photographs of 200 bird species (Wah et al., 2011) with their official split, class-incremental."""
+"""CUB-200-2011: 11,788 photographs of 200 bird species (Wah et al., 2011), officially split, class-incremental."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, class_benchmark, list_hash, locate
 
 # Size and checksum as TensorFlow Datasets lists them (url_checksums/caltech_birds2011.txt); Avalanche lists an MD5.
-REMOTES = (
-    RemoteFile(
-        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-        "CUB_200_2011.tgz",
-        "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-        1_150_585_339,
-    ),
+ARCHIVE = RemoteFile(
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+    "CUB_200_2011.tgz",
+    "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+    1_150_585_339,
 )
 N_CLASSES, N_IMAGES = 200, 11_788
 
 _LISTS = ("images.txt", "train_test_split.txt", "image_class_labels.txt")
+
+
+def remotes() -> tuple[RemoteFile, ...]:
+    """The published files."""
+    return (ARCHIVE,)
 
 
 def split_cub200(
@@ -64,7 +67,7 @@ def split_cub200(
         OSError: if a disk is full.
     """
     options = Options("split_cub200", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
-    with Files(locate(options.title, path, download, REMOTES), cache_dir) as files:
+    with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         placed, classes = _images(files, options)
         return class_benchmark(
             options,
@@ -85,8 +88,8 @@ def _images(files: Files, options: Options) -> tuple[list[Placed], list[str]]:
     unmatched = sorted(names.keys() ^ splits.keys() | names.keys() ^ labels.keys())
     if unmatched:
         raise ValueError(
-            f"Expected {', '.join(_LISTS)} in '{files.path}' to list the same images but {len(unmatched)} are not in all of "
-            f"them: {some(unmatched)}. Unpack the archive again."
+            f"Expected {', '.join(_LISTS)} in '{files.path}' to list the same images but {len(unmatched)} are not in "
+            f"all of them: {some(unmatched)}. Unpack the archive again."
         )
     missing = sorted(name for name in names.values() if f"{base}images/{name}" not in by_name)
     if missing:
@@ -112,13 +115,13 @@ def _images(files: Files, options: Options) -> tuple[list[Placed], list[str]]:
 def _base(files: Files, options: Options) -> str:
     """What the lists' names start with: the folders above images.txt."""
     found = _list_folders(files)
-    if not found and (archive := files.archive_for(options.title, REMOTES[0])):
+    if not found and (archive := files.archive_for(options.title, ARCHIVE)):
         files.add_archive(archive)
         found = _list_folders(files)
     if len(found) != 1:
         where = f"in {some(found)} at once" if found else "nowhere"
         raise ValueError(
-            f"Expected {', '.join(_LISTS)} side by side in '{files.path}' or one folder below it but found them {where}: "
+            f"Expected {', '.join(_LISTS)} side by side in '{files.path}' or a folder below it but found them {where}: "
             "give the folder CUB_200_2011 or the archive CUB_200_2011.tgz."
         )
     return found[0]

@@ -87,8 +87,8 @@ def domainnet(
     The official lists leave a class out of a domain here and there; ``info.extra["lacking"]`` names these.
 
     Args:
-        path: a folder with the lists `<domain>_train.txt` and `<domain>_test.txt` anywhere below it, and for each domain
-            a folder `<domain>/<class>/<image>` or the archive `<domain>.zip`.
+        path: a folder with the lists `<domain>_train.txt` and `<domain>_test.txt` anywhere below it, and for each
+            domain a folder `<domain>/<class>/<image>` or the archive `<domain>.zip`.
         download: fetch lists and archives (18 GB) into the folder `path`, or below the cache folder if that is None.
         domain_order: the domains in order, which may be fewer than the six of :data:`DOMAINS`.
         class_order_seed: draws the order of the domains instead; None keeps `domain_order`.
@@ -220,9 +220,9 @@ def _add_archives(files: Files, options: Options, domains: Sequence[str]) -> Non
             files.add_archive(archive)
     if lacking:
         raise ValueError(
-            f"Expected the domains {list(domains)} in '{files.path}' but {lacking} are not there: looked for the folder "
-            f"`{lacking[0]}/<class>/<image>` and for {lacking[0]}.zip. Fetch {_archive(lacking[0]).url} into it, or type "
-            f"`--download true`; to go without, name the others by `--domain-order` (domain_order=…) of domainnet."
+            f"Expected the domains {list(domains)} in '{files.path}' but {lacking} are not there: looked for folders "
+            f"like `{lacking[0]}/<class>/<image>` and archives like {lacking[0]}.zip. Fetch {_archive(lacking[0]).url} "
+            "into it, or type `--download true`; domainnet goes without if `--domain-order` names the others only."
         )
 
 

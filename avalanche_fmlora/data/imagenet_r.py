@@ -17,17 +17,20 @@ from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, class_benchmark, list_hash, locate
 
 # Size and checksum as TensorFlow Datasets lists them (datasets/imagenet_r/checksums.tsv).
-REMOTES = (
-    RemoteFile(
-        "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
-        "imagenet-r.tar",
-        "sha256:18c6bf493b39a0d975d48e587437f562caab9c52ae6327dcfa9dd8eb54aa1b52",
-        2_191_079_936,
-    ),
+ARCHIVE = RemoteFile(
+    "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+    "imagenet-r.tar",
+    "sha256:18c6bf493b39a0d975d48e587437f562caab9c52ae6327dcfa9dd8eb54aa1b52",
+    2_191_079_936,
 )
 N_CLASSES, N_IMAGES = 200, 30_000
 
 _LAYOUT = "folders `<wnid>/<image>` such as `n01443537/art_0.jpg`, also below further folders such as imagenet-r/train/"
+
+
+def remotes() -> tuple[RemoteFile, ...]:
+    """The published files."""
+    return (ARCHIVE,)
 
 
 def split_imagenet_r(
@@ -46,8 +49,8 @@ def split_imagenet_r(
 ) -> Any:
     """200 classes in `n_experiences` of equal size (5, 10 and 20 are usual), 24,000 training and 6,000 test images.
 
-    ImageNet-R has no official split. Ours depends on the file names alone: see :func:`fixed_split`. Classes are ordered by
-    WordNet id.
+    ImageNet-R has no official split. Ours depends on the file names alone: see :func:`fixed_split`. Classes are ordered
+    by WordNet id.
 
     Args:
         path: the archive imagenet-r.tar, or a folder that holds it or the class folders; where training and test images
@@ -75,7 +78,7 @@ def split_imagenet_r(
         OSError: if a disk is full.
     """
     options = Options("split_imagenet_r", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
-    with Files(locate(options.title, path, download, REMOTES), cache_dir) as files:
+    with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         images = _images(files, options)
         if split_file is None:
             train = fixed_split(images)
@@ -136,12 +139,12 @@ def read_split(path: Path, images: Iterable[str]) -> set[str]:
     missing = sorted(train - present)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(train)} images that '{path}' lists are not in the data set: {some(missing)}. Expected "
-            "paths that end in `<wnid>/<image>`."
+            f"{len(missing)} of {len(train)} images that '{path}' lists are not in the data set: {some(missing)}. "
+            "Expected paths that end in `<wnid>/<image>`."
         )
     if 2 * len(train) < len(present):
         raise ValueError(
-            f"'{path}' lists {len(train)} of {len(present)} images, less than half: give the list of the training images."
+            f"'{path}' lists {len(train)} of {len(present)} images, less than half: give the list of training images."
         )
     return train
 
@@ -163,7 +166,7 @@ def _listed(path: Path) -> list[str]:
 def _images(files: Files, options: Options) -> dict[str, Entry]:
     """`<wnid>/<image>` -> the file."""
     found = _class_images(files.entries)
-    if not found and (archive := files.archive_for(options.title, REMOTES[0])):
+    if not found and (archive := files.archive_for(options.title, ARCHIVE)):
         files.add_archive(archive)
         found = _class_images(files.entries)
     if not found:

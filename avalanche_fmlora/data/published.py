@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,20 @@ from avalanche_fmlora.data.transforms import Transforms, make_transforms
 PathLike = str | os.PathLike[str]
 
 _STORE_VERSION = 1
+_MODULES = {
+    "split_cifar100": "cifar100",
+    "split_imagenet_r": "imagenet_r",
+    "split_cub200": "cub200",
+    "domainnet": "domainnet",
+    "domainnet_cil": "domainnet",
+}
+
+
+def prepare(title: str, path: PathLike | None, download: bool, domains: Sequence[str] | None = None) -> Path:
+    """As :func:`locate`, by the name of the benchmark alone: for a look before a run starts."""
+    module = importlib.import_module(f"avalanche_fmlora.data.{_MODULES[title]}")
+    remotes = module.remotes() if domains is None else module.remotes(module.check_domains(domains))
+    return locate(title, path, download, remotes)
 
 
 def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[RemoteFile]) -> Path:
@@ -34,7 +49,7 @@ def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[
 
     Args:
         title: of the data set, as on the command line.
-        path: what the user has; with `download`, the folder that the archives are kept in, None being one below
+        path: what the user has; with `download`, the folder that the archives are kept in. None is a folder below
             :func:`~avalanche_fmlora.data.cache.default_cache_dir`.
         download: fetch what is not there. An archive given as `path` is taken as it is.
         remotes: the published files.
@@ -43,19 +58,14 @@ def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[
         FileNotFoundError: if nothing is there.
         ConnectionError, ValueError, OSError: see :func:`~avalanche_fmlora.data.download.fetch`.
     """
-    if path is None and not download:
-        raise FileNotFoundError(
-            f"Expected the path of {title} but none was given: `--path FOLDER_OR_ARCHIVE` (path=…), or `--download true` "
-            f"(download=True) to fetch {some([r.url for r in remotes], quote=False)}."
-        )
-    place = default_cache_dir() / "downloads" / title if path is None else Path(path).expanduser()
+    place = default_cache_dir() / "downloads" / _MODULES[title] if path is None else Path(path).expanduser()
     if download and not place.is_file():
         for remote in remotes:
             fetch(remote, place)
     if not place.exists():
         raise FileNotFoundError(
-            f"Expected {title} at '{place}' but nothing is there: give the folder or archive that holds it, or add "
-            f"`--download true` (download=True) to fetch it to there."
+            f"Expected {title} at '{place}' but nothing is there: type `--path FOLDER_OR_ARCHIVE` (path=…) if you have "
+            f"it, or `--download true` (download=True) to fetch {some([r.url for r in remotes], quote=False)} to there."
         )
     return place
 
@@ -113,8 +123,9 @@ class Files:
         return self._owners.get(entry.name, self._sources[0]).read(entry)
 
     def _open(self, path: Path) -> Source | TarSource:
-        is_tar = path.is_file() and path.name.lower().endswith(TAR_SUFFIXES)
-        return self._stack.enter_context(TarSource(path, self._cache_dir) if is_tar else Source(path))
+        if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
+            return self._stack.enter_context(TarSource(path, self._cache_dir))
+        return self._stack.enter_context(Source(path))
 
     def __enter__(self) -> Files:
         return self
@@ -194,13 +205,13 @@ def domain_benchmark(
         class_names,
         class_order_seed=options.class_order_seed,
         transforms=options.transforms,
-        lacking=True,
+        whole=False,
         extra=_facts(options, files, len(images)) | extra,
     )
 
 
 def list_hash(images: Iterable[Placed]) -> str:
-    """sha256 of the lines `<split> <class folder>/<file>`, sorted and each ended by a newline: the split without pixels."""
+    """sha256 of the lines `<split> <class>/<file>`, sorted and each ended by a newline: the split without pixels."""
     lines = sorted(f"{image.split} {'/'.join(image.entry.parts[-2:])}\n" for image in images)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ import uuid
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 from avalanche_fmlora.data.archive import Entry, _skipped
 
@@ -24,7 +24,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _CHUNK_BYTES = 1 << 22
 _BLOCK_BYTES = 512
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
 class TarSource:
@@ -86,7 +86,7 @@ def _plain(path: Path, identity: str, cache_dir: Path) -> Path:
     part = plain.with_name(f".{plain.name}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         with opener(path, "rb") as packed, open(part, "xb") as file:
-            while chunk := cast(bytes, packed.read(_CHUNK_BYTES)):
+            while chunk := packed.read(_CHUNK_BYTES):
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
