@@ -5,44 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig
-from avalanche_fmlora.data.presets import Preset
+from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
 
 DATA_ROOT_VARIABLE = "AVALANCHE_FMLORA_DATA"
-
-
-class BenchmarkConfig(StrictModel):
-    """Which data, and how they are divided into experiences."""
-
-    name: Literal["split_glyphs", "domain_glyphs", "image_folder"] = "split_glyphs"
-    """`split_glyphs` and `domain_glyphs` are embedded; `image_folder` takes your own images from `path`."""
-    path: Path | None = None
-    """Folder or zip of `image_folder`; a relative path is looked for here, then below the data root."""
-    n_experiences: int | None = Field(None, ge=1)
-    """Number of experiences of a class-incremental benchmark; null means 10."""
-    augment: Preset = "none"
-    """What is done to images of `image_folder`: `published` trains on random resized crops and flips and tests on
-    centre crops; `simple`, `resize`, `crop_flip`, `flip` and `none` change less."""
-
-    @model_validator(mode="after")
-    def _fit(self) -> BenchmarkConfig:
-        if self.name == "image_folder":
-            if self.path is None:
-                raise ValueError("`image_folder` needs `benchmark.path`, a folder or zip of images")
-        elif self.path is not None or self.augment != "none":
-            raise ValueError(
-                f"`{self.name}` takes no `path` and no `augment`, since its images are drawn: leave them out"
-            )
-        if self.name == "domain_glyphs" and self.n_experiences is not None:
-            raise ValueError("`domain_glyphs` has one experience a style: leave `n_experiences` out")
-        return self
 
 
 class TrainingConfig(StrictModel):
@@ -76,6 +49,15 @@ class RunConfig(StrictModel):
     label: str | None = None
     """Name of the row in tables; it does not change the run."""
 
+    @model_validator(mode="after")
+    def _one_order(self) -> RunConfig:
+        if self.benchmark.domain_order is not None and self.class_order_seed is not None:
+            raise ValueError(
+                "`benchmark.domain_order` fixes the order that `class_order_seed` would draw: add --class-order-seed "
+                "null (of compare: --class-orders null)"
+            )
+        return self
+
     def resolved_method(self) -> MethodConfig:
         """The method's whole configuration; its seed is the run's unless it is given.
 
@@ -89,9 +71,9 @@ class RunConfig(StrictModel):
         """What a record keeps of this configuration, and is named by: all defaults filled in, paths without folders."""
         plain: dict[str, Any] = self.model_dump(mode="json")
         plain["method_options"] = self.resolved_method().model_dump(mode="json")
-        for part, key in (("benchmark", "path"), ("backbone", "weights")):
-            if plain[part][key] is not None:
-                plain[part][key] = Path(plain[part][key]).name
+        plain["benchmark"] = self.benchmark.identity()
+        if plain["backbone"]["weights"] is not None:
+            plain["backbone"]["weights"] = Path(plain["backbone"]["weights"]).name
         return plain
 
 
@@ -172,14 +154,15 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def check_data(config: RunConfig, data_root: Path | None) -> None:
-    """See that the files of a run are there, before any run of a sweep starts.
+    """See that the files of a run are there, before any run of a sweep starts; fetch what is to be downloaded.
 
     Raises:
         FileNotFoundError: that names each place looked at.
+        ConnectionError, ValueError, OSError: if a download fails.
     """
-    for path in (config.benchmark.path, config.backbone.weights):
-        if path is not None:
-            find_data(path, data_root)
+    config.benchmark.located(lambda path: find_data(path, data_root))
+    if config.backbone.weights is not None:
+        find_data(config.backbone.weights, data_root)
 
 
 def find_data(path: Path, data_root: Path | None) -> Path:

@@ -40,23 +40,16 @@ def make_backbone(config: RunConfig, data_root: Path | None = None) -> Backbone:
 
 def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None = None) -> Any:
     """The Avalanche benchmark of a configuration, at the backbone's image size, mean and std."""
-    data = config.benchmark
+    import avalanche_fmlora
+
+    data = config.benchmark.located(lambda path: find_data(path, data_root))
     common: dict[str, Any] = {
         "class_order_seed": config.class_order_seed,
         "image_size": backbone.image_size,
         "mean": backbone.mean,
         "std": backbone.std,
     }
-    if data.path is not None:
-        from avalanche_fmlora.data.image_folder import image_folder
-
-        path = find_data(data.path, data_root)
-        return image_folder(path, n_experiences=data.n_experiences, augment=data.augment, **common)
-    from avalanche_fmlora.data.glyphs import domain_glyphs, split_glyphs
-
-    if data.name == "domain_glyphs":
-        return domain_glyphs(**common)
-    return split_glyphs(n_experiences=data.n_experiences or 10, **common)
+    return getattr(avalanche_fmlora, data.name)(**data.arguments(), **common)
 
 
 def run(

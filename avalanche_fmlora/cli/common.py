@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SHORT = {
     "benchmark": "benchmark.name",
     "path": "benchmark.path",
+    "download": "benchmark.download",
+    "domain_order": "benchmark.domain_order",
     "n_experiences": "benchmark.n_experiences",
     "backbone": "backbone.name",
     "weights": "backbone.weights",
@@ -26,9 +28,10 @@ SHORT = {
     "eval_batch_size": "training.eval_batch_size",
 }
 OPTIONS_HELP = """
-Every field of the configuration is a flag: --benchmark, --path, --n-experiences, --backbone, --weights, --image-size,
---epochs, --batch-size, --seed, --class-order-seed, in general --training.epochs 3 or --backbone.model-args
-'{depth: 11}', and the method's own options as --rank 16 (see `fmlora list METHOD`). Values are YAML: null, [0, 1].
+Every field of the configuration is a flag: --benchmark, --path, --download, --n-experiences, --backbone, --weights,
+--image-size, --epochs, --batch-size, --seed, --class-order-seed, in general --training.epochs 3 or
+--backbone.model-args '{depth: 11}', and the method's own options as --rank 16 (see `fmlora list METHOD`). Values are
+YAML: null, [0, 1].
 """
 FLEXIBLE: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -99,7 +102,7 @@ def user_errors() -> Iterator[None]:
     """What the user can mend is a message, not a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("\nInterrupted: finished runs are kept, the same command goes on from there.", err=True)

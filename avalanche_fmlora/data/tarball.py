@@ -106,10 +106,10 @@ def _members(path: Path, file: BinaryIO) -> tuple[tuple[Entry, ...], frozenset[s
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
             for member in opened:
+                _refuse_unsafe(path, member)
                 name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
                 if not name or _skipped(tuple(name.split("/"))):
                     continue
-                _refuse_unsafe(path, member)
                 if member.isdir():
                     folders.add(name)
                     continue
