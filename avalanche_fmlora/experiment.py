@@ -40,8 +40,6 @@ def make_backbone(config: RunConfig, data_root: Path | None = None) -> Backbone:
 
 def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None = None) -> Any:
     """The Avalanche benchmark of a configuration, at the backbone's image size, mean and std."""
-    import avalanche_fmlora
-
     data = config.benchmark.located(lambda path: find_data(path, data_root))
     common: dict[str, Any] = {
         "class_order_seed": config.class_order_seed,
@@ -49,7 +47,7 @@ def make_benchmark(config: RunConfig, backbone: Backbone, data_root: Path | None
         "mean": backbone.mean,
         "std": backbone.std,
     }
-    return getattr(avalanche_fmlora, data.name)(**data.arguments(), **common)
+    return data.builder()(**data.arguments(), **common)
 
 
 def run(

@@ -38,6 +38,7 @@ def test_arguments_are_those_of_the_builder() -> None:
     for name in PUBLISHED:
         config = BenchmarkConfig(name=name, path=Path("x"), download=True, subset=True)
         assert config.augment == "published"
+        assert config.builder() is getattr(avalanche_fmlora, name)
         keywords = getattr(avalanche_fmlora, name).__kwdefaults__.keys() | {"path"}
         assert set(config.arguments()) <= keywords
         assert keywords - set(config.arguments()) <= {

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from avalanche_fmlora.cli import _SHORT, _flags, main
+from avalanche_fmlora.cli import main
+from avalanche_fmlora.cli.common import SHORT, read_flags
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.strategies.registry import methods
 
@@ -56,7 +57,7 @@ def test_commands_are_known(words: list[str]) -> None:
             i += 2
         else:
             i += 1
-    expand({"methods": ["fm_lora"]}, [(_SHORT.get(name, name), value) for name, value in _flags(extra)])
+    expand({"methods": ["fm_lora"]}, [(SHORT.get(name, name), value) for name, value in read_flags(extra)])
 
 
 def test_every_method_is_in_the_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,18 @@ BenchmarkName = Literal[
     "domainnet",
     "domainnet_cil",
 ]
+
+MODULES = {
+    "split_glyphs": "glyphs",
+    "domain_glyphs": "glyphs",
+    "image_folder": "image_folder",
+    "split_cifar100": "cifar100",
+    "split_imagenet_r": "imagenet_r",
+    "split_cub200": "cub200",
+    "domainnet": "domainnet",
+    "domainnet_cil": "domainnet",
+}
+"""Where in `avalanche_fmlora.data` the function of that name is."""
 
 _FETCHED = ("path", "download", "augment", "subset")
 _TAKES: dict[str, tuple[str, ...]] = {
@@ -95,8 +108,15 @@ class BenchmarkConfig(BaseModel):
         """Whether it is a data set that can be downloaded."""
         return "download" in _TAKES[self.name]
 
+    def builder(self) -> Callable[..., Any]:
+        """The function that makes the benchmark."""
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"avalanche_fmlora.data.{MODULES[self.name]}"), self.name
+        )
+        return function
+
     def arguments(self) -> dict[str, Any]:
-        """Of the function that makes the benchmark, which is called by `name`."""
+        """Of :meth:`builder`, but for those that the backbone and the run say."""
         values = {field: getattr(self, field) for field in _TAKES[self.name]}
         return {field: value for field, value in values.items() if value is not None}
 

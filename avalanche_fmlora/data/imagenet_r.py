@@ -101,7 +101,7 @@ def fixed_split(images: Iterable[str]) -> set[str]:
     those first by WordNet id), as many as bring the total to 0.8 of all images, rounded: 24,000 of 30,000.
 
     >>> sorted(fixed_split(["a/0", "a/1", "a/2", "b/0", "b/1", "b/2"]))
-    ['a/1', 'a/2', 'b/0', 'b/2']
+    ['a/0', 'a/1', 'a/2', 'b/1', 'b/2']
     >>> len(fixed_split([f"a/{i}" for i in range(7)] + [f"b/{i}" for i in range(8)]))
     12
     """

@@ -19,6 +19,7 @@ import PIL
 from avalanche_fmlora.data.archive import Entry, Placed, Source, some
 from avalanche_fmlora.data.base import Domain, ImageSet, class_incremental, domain_incremental
 from avalanche_fmlora.data.cache import default_cache_dir
+from avalanche_fmlora.data.config import MODULES
 from avalanche_fmlora.data.download import RemoteFile, fetch
 from avalanche_fmlora.data.presets import stored_side
 from avalanche_fmlora.data.store import StoredImages, stored_images
@@ -28,18 +29,11 @@ from avalanche_fmlora.data.transforms import Transforms, make_transforms
 PathLike = str | os.PathLike[str]
 
 _STORE_VERSION = 1
-_MODULES = {
-    "split_cifar100": "cifar100",
-    "split_imagenet_r": "imagenet_r",
-    "split_cub200": "cub200",
-    "domainnet": "domainnet",
-    "domainnet_cil": "domainnet",
-}
 
 
 def prepare(title: str, path: PathLike | None, download: bool, domains: Sequence[str] | None = None) -> Path:
     """As :func:`locate`, by the name of the benchmark alone: for a look before a run starts."""
-    module = importlib.import_module(f"avalanche_fmlora.data.{_MODULES[title]}")
+    module = importlib.import_module(f"avalanche_fmlora.data.{MODULES[title]}")
     remotes = module.remotes() if domains is None else module.remotes(module.check_domains(domains))
     return locate(title, path, download, remotes)
 
@@ -58,7 +52,7 @@ def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[
         FileNotFoundError: if nothing is there.
         ConnectionError, ValueError, OSError: see :func:`~avalanche_fmlora.data.download.fetch`.
     """
-    place = default_cache_dir() / "downloads" / _MODULES[title] if path is None else Path(path).expanduser()
+    place = default_cache_dir() / "downloads" / MODULES[title] if path is None else Path(path).expanduser()
     if download and not place.is_file():
         for remote in remotes:
             fetch(remote, place)
