@@ -45,18 +45,18 @@ class RunConfig(StrictModel):
     seed: int = 0
     """Seed of initial values and batches."""
     class_order_seed: int | None = 0
-    """Seed of the order of classes (or domains); null keeps the data's own."""
+    """Seed of the order of classes (or domains); null keeps the data's own, as does a `benchmark.domain_order`."""
     label: str | None = None
     """Name of the row in tables; it does not change the run."""
 
-    @model_validator(mode="after")
-    def _one_order(self) -> RunConfig:
-        if self.benchmark.domain_order is not None and self.class_order_seed is not None:
-            raise ValueError(
-                "`benchmark.domain_order` fixes the order that `class_order_seed` would draw: add --class-order-seed "
-                "null (of compare: --class-orders null)"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_order(cls, values: Any) -> Any:
+        benchmark = values.get("benchmark") if isinstance(values, dict) else None
+        plain = benchmark.model_dump() if isinstance(benchmark, BenchmarkConfig) else benchmark
+        if isinstance(plain, dict) and plain.get("domain_order") is not None:
+            return {**values, "class_order_seed": None}
+        return values
 
     def resolved_method(self) -> MethodConfig:
         """The method's whole configuration; its seed is the run's unless it is given.

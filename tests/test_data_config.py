@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import avalanche_fmlora
-from avalanche_fmlora.config import check_data, find_data, make_run
+from avalanche_fmlora.config import RunConfig, check_data, find_data, make_run
 from avalanche_fmlora.data import published
 from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.experiment import make_backbone, make_benchmark
@@ -50,10 +50,10 @@ def test_arguments_are_those_of_the_builder() -> None:
 
 
 def test_the_order_of_domains_is_given_or_drawn() -> None:
-    benchmark = {"name": "domainnet", "domain_order": ["real", "sketch"]}
-    with pytest.raises(ValueError, match="add --class-order-seed null"):
-        make_run({"benchmark": benchmark})
-    assert make_run({"benchmark": benchmark, "class_order_seed": None}).benchmark.domain_order == ("real", "sketch")
+    config = make_run({"benchmark": {"name": "domainnet", "domain_order": ["real", "sketch"]}})
+    assert (config.benchmark.domain_order, config.class_order_seed) == (("real", "sketch"), None)
+    assert RunConfig(benchmark=config.benchmark, class_order_seed=3).class_order_seed is None
+    assert make_run({"benchmark": {"name": "domainnet"}, "class_order_seed": 3}).class_order_seed == 3
 
 
 def identity(**options: Any) -> dict[str, Any]:
