@@ -110,7 +110,8 @@ def test_compare_writes_tables_and_goes_on_after_a_kill(photos: Path, tmp_path: 
     assert all(Path(tmp_path / "runs" / f"{n}.csv").is_file() for n in ("matrix", "ranks", "summary"))
     table = fmlora("table", "runs", "--csv-to", "again", cwd=tmp_path)
     assert {p.name: p.read_text() for p in (tmp_path / "again").iterdir()} == {
-        f"{n}.csv": (tmp_path / "runs" / f"{n}.csv").read_text() for n in ("runs", "matrix", "ranks", "summary", "paired")
+        f"{n}.csv": (tmp_path / "runs" / f"{n}.csv").read_text()
+        for n in ("runs", "matrix", "ranks", "summary", "paired")
     }
     assert {r["benchmark"] for r in runs} == {photos.name}, "a folder of one's own is called by its name"
     assert table.stdout.count("±") >= 3

@@ -1,37 +1,197 @@
+"""Figures: the numbers they show, who is left out, what is refused, and the files the command writes."""
+
 from __future__ import annotations
 
-import copy
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
+from made_records import make
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 
-from avalanche_fmlora.results.figures import accuracy_over_experiences, save
-from avalanche_fmlora.results.record import blank_record
+from avalanche_fmlora.cli import main
+from avalanche_fmlora.results.figures import (
+    KINDS,
+    accuracy_against_cost,
+    accuracy_against_parameters,
+    accuracy_matrix,
+    accuracy_over_experiences,
+    as_bytes,
+    draw,
+    forgetting,
+    rank,
+    save,
+)
+from avalanche_fmlora.results.figures.style import WIDTH_IN, series_of
+from avalanche_fmlora.results.record import Record, write_record
 
 
-def record(method: str, matrix: list[list[float | None]], order: int = 0) -> dict:
-    config = {"method": method, "method_options": {}, "benchmark": {"name": "x"}, "backbone": {}, "training": {}}
-    made = blank_record({**config, "seed": 0, "class_order_seed": order, "label": None})
-    return {**copy.deepcopy(made), "status": "finished", "accuracy_matrix": matrix}
+def record(method: str, matrix: list[list[float | None]], order: int = 0, **changes: Any) -> Record:
+    """A run with this accuracy matrix."""
+    made = make(method=method, order=order, **changes)
+    count = len(matrix)
+    made["accuracy_matrix"] = matrix
+    made["benchmark"]["experience_names"] = [str(t) for t in range(count)]
+    row = made["experiences"][-1]
+    joint = matrix[0][0] is None
+    made["experiences"] = [{**row, "experience": t} for t in range(1 if joint else count)]
+    return made
 
 
-def test_lines_are_mean_accuracies_over_what_was_seen(tmp_path: Path) -> None:
-    records = [
+def several() -> list[Record]:
+    return [
         record("a", [[1.0, None], [0.5, 0.9]]),
         record("a", [[0.8, None], [0.3, 0.7]], order=1),
         record("joint", [[None, None], [0.9, 0.95]]),
     ]
-    figure = accuracy_over_experiences(records)  # type: ignore[arg-type]
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert list(lines["a"]) == pytest.approx([0.9, 0.6])
-    assert list(lines["joint (all data at once)"]) == pytest.approx([0.925, 0.925])
-    assert save(figure, tmp_path / "f" / "a.png").stat().st_size > 1000
 
 
-def test_records_of_several_benchmarks_are_refused() -> None:
-    other = record("a", [[1.0]])
-    other["benchmark"]["name"] = "y"
+def lines(axes: Axes) -> dict[str, list[float]]:
+    """Line styles and data of the lines of a figure."""
+    return {str(line.get_marker()): list(map(float, line.get_ydata())) for line in axes.lines}  # type: ignore[arg-type]
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_accuracy_is_the_mean_over_what_was_seen() -> None:
+    figure = accuracy_over_experiences([*several(), make(method="b", error="boom")])
+    axes = figure.axes[0]
+    assert lines(axes)["s"] == pytest.approx([0.9, 0.6])
+    assert lines(axes)["None"] == pytest.approx([0.925, 0.925]), "joint training is a level line"
+    assert texts(axes) == ["joint", "a"]
+    (band,) = axes.collections
+    std = np.std([0.7, 0.5], ddof=1)
+    low, high = (f(p[1] for p in band.get_paths()[0].vertices if p[0] == 2) for f in (min, max))  # type: ignore[union-attr]
+    assert (low, high) == pytest.approx((0.6 - std, 0.6 + std))
+    assert figure.get_figwidth() == WIDTH_IN
+
+
+def test_forgetting_over_experiences_is_the_metric_at_the_end() -> None:
+    matrix = [[0.9, None, None], [0.6, 0.8, None], [0.7, 0.5, 1.0]]
+    made = record("a", matrix)
+    made["metrics"]["forgetting"] = 0.25
+    above, below = forgetting([made]).axes
+    # After 2: 0.9 - 0.6. After 3: the best so far is kept, (0.9 - 0.7 + 0.8 - 0.5) / 2.
+    assert lines(above)["s"] == pytest.approx([0.3, 0.25])
+    assert texts(below) == ["25.0"]
+    with pytest.raises(ValueError, match="at least two experiences"):
+        forgetting(_without_forgetting())
+
+
+def _without_forgetting() -> list[Record]:
+    made = several()[2]
+    made["metrics"]["forgetting"] = None
+    return [made]
+
+
+def test_matrix_shows_means_and_numbers() -> None:
+    figure = accuracy_matrix(several())
+    np.testing.assert_allclose(np.ma.filled(figure.axes[0].images[0].get_array(), np.nan), [[0.9, np.nan], [0.4, 0.8]])
+    assert texts(figure.axes[0]) == ["90", "40", "80"]
+    panels = accuracy_matrix([*several(), record("b", [[0.1, None], [0.2, 0.3]])])
+    assert [axes.get_title() for axes in panels.axes[:2]] == ["a", "b"]
+    assert panels.axes[0].images[0].get_clim() == panels.axes[1].images[0].get_clim() == (0.1, 0.9)
+    with pytest.raises(ValueError, match="joint training"):
+        accuracy_matrix(several()[2:])
+
+
+def test_ranks_against_what_they_were_chosen_by() -> None:
+    made = record("fm_lora", [[0.9, None], [0.6, 0.8]])
+    made["experiences"][0] |= {"rank": 8, "complexity": 0.3, "similarity": 0.1, "ranks_per_layer": [8, 8]}
+    made["experiences"][1] |= {"rank": 16, "complexity": 0.6, "similarity": None, "ranks_per_layer": [8, 8]}
+    other = record("seq_lora", [[0.9, None], [0.6, 0.8]])
+    for row in other["experiences"]:
+        row["complexity"] = None
+    figure = rank([made, other])
+    over, complexity, similarity = figure.axes
+    assert lines(over) == {"None": [8.0, 16.0]}, "a fixed rank is not chosen"
+    assert np.asarray(complexity.collections[0].get_offsets()).tolist() == [[0.3, 8], [0.6, 16]]
+    assert np.asarray(similarity.collections[0].get_offsets()).tolist() == [[0.1, 8]]
+    made["experiences"][1]["ranks_per_layer"] = [8, 16]
+    heat_map = next(axes for axes in rank([made]).axes if axes.images)
+    assert np.asarray(heat_map.images[0].get_array()).tolist() == [[8, 8], [8, 16]]
+    with pytest.raises(ValueError, match="choose a rank"):
+        rank([other])
+
+
+@pytest.mark.parametrize(("figure", "x"), [(accuracy_against_parameters, 1001.0), (accuracy_against_cost, 2.0)])
+def test_accuracy_against_costs(figure: Any, x: float) -> None:
+    records = [make(0.5, order=o) for o in (0, 1)] + [make(0.75, method="joint", joint=True)]
+    zero = make(0.25, method="ncm")
+    zero["experiences"][-1]["stored_parameters"] = 0
+    axes = figure([*records, zero]).axes[0]
+    points = [tuple(line.get_xydata()[0]) for line in axes.lines if str(line.get_marker()) not in ("None", "")]
+    assert (x, 0.375) in points
+    assert sorted(texts(axes)) == ["fmlora", "joint", "ncm"]
+    assert axes.get_xscale() == ("symlog" if x > 100 else "log"), "zero has its place"
+
+
+def test_names_at_the_side_do_not_overlap() -> None:
+    records = [record(f"method_{k}", [[0.9, None], [0.5, 0.5 + k / 1000]]) for k in range(10)]
+    figure = accuracy_over_experiences(records)
+    figure.draw_without_rendering()
+    boxes = sorted((Text.get_window_extent(text) for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert all(above.y0 >= below.y1 - 2 for below, above in pairwise(boxes))
+    axes = figure.axes[0].get_window_extent()
+    assert boxes[0].y0 > axes.y0 - 3
+    assert boxes[-1].y1 < axes.y1 + 3
+    looks = [one.look[1:] for one in series_of(records)]
+    assert len(set(looks)) == len(looks), "told apart without colour"
+
+
+def test_files_are_the_same_each_time(tmp_path: Path) -> None:
+    paths = [save(accuracy_over_experiences(several()), tmp_path / name / "a.svg") for name in "xy"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    png = as_bytes(accuracy_over_experiences(several()), "png")
+    assert png == accuracy_over_experiences(several())._repr_png_()  # type: ignore[attr-defined]
+    assert int.from_bytes(png[16:20], "big") == round(300 * WIDTH_IN)
+    with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf"):
+        save(accuracy_over_experiences(several()), tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_records_of_several_protocols_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="folder of its own"):
-        accuracy_over_experiences([record("a", [[1.0]]), other])  # type: ignore[arg-type,list-item]
+        KINDS[kind]([make(), make(benchmark={"name": "birds"})])
+    with pytest.raises(ValueError, match=r"folder of its own"):
+        KINDS[kind]([make(), make(order=1, training={"epochs": 9})])
     with pytest.raises(ValueError, match="none"):
-        accuracy_over_experiences([])
+        KINDS[kind]([make(error="boom")])
+
+
+def test_draw_makes_a_figure_for_each_protocol() -> None:
+    mixed = [make(), make(benchmark={"name": "birds"}), make(training={"epochs": 9})]
+    names = list(draw(mixed, ["accuracy"]))
+    assert [name.rsplit("-", 1)[0] for name in names] == ["accuracy", "accuracy-glyphs", "accuracy-glyphs"]
+    assert list(draw([make()], ["accuracy", "cost"])) == ["accuracy", "cost"]
+    made = make(method="ncm")
+    made["experiences"] = [{**row, "rank": None} for row in made["experiences"]]
+    assert "choose a rank" in str(draw([made], ["rank"])["rank"])
+
+
+def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
+    for one in (make(method="fm_lora"), make(method="ncm"), make(method="joint", joint=True)):
+        write_record(one, tmp_path / "records")
+
+    def plot(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["plot", str(tmp_path), *arguments])
+
+    assert plot().stdout.strip() == str(tmp_path / "accuracy.png")
+    assert plot("--kind", "all", "--to", str(tmp_path / "f"), "--format", "svg", "--methods", "fm_lora").exit_code == 0
+    assert {p.name for p in (tmp_path / "f").iterdir()} == {f"{kind}.svg" for kind in KINDS}
+    assert plot("--kind", "matrix", "--to", str(tmp_path / "m.pdf")).exit_code == 0
+    assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
+    for arguments, message in (
+        (["--kind", "all", "--to", "all.png"], "Expected a folder for 6 figures"),
+        (["--to", "a.png", "--format", "svg"], "to end in .svg"),
+        (["--methods", "l2p"], "to be among ['fm_lora', 'joint', 'ncm'] but got ['l2p']"),
+        (["--kind", "matrix", "--methods", "joint"], "joint training is only at the end"),
+    ):
+        wrong = plot(*arguments)
+        assert (wrong.exit_code, message in wrong.stderr) == (1, True), wrong.stderr

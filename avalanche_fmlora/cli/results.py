@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from avalanche_fmlora.cli.common import user_errors
+from avalanche_fmlora.results.figures import KINDS
 
 if TYPE_CHECKING:
     from avalanche_fmlora.results.record import Record
@@ -53,15 +54,44 @@ def table(folder: Path, style: Any, csv_to: Path | None, reference: str | None) 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.option("--kind", type=click.Choice([*KINDS, "all"]), default="accuracy", show_default=True, help="What to draw.")
+@click.option("--to", type=click.Path(path_type=Path), help="File, or folder of several [default: FOLDER].")
 @click.option(
-    "--to", "path", type=click.Path(path_type=Path), help="File, .png or .svg [default: FOLDER/accuracy.png]."
+    "--format", "ending", type=click.Choice(["png", "svg", "pdf"]), help="[default: png, or that of the file]"
 )
-def plot(folder: Path, path: Path | None) -> None:
-    """Draw accuracy over experiences from the records in FOLDER (default: runs)."""
-    with user_errors():
-        from avalanche_fmlora.results.figures import accuracy_over_experiences, save
+@click.option("--methods", help="Only these methods or labels, with commas between.")
+def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: str | None) -> None:
+    """Draw figures from the records in FOLDER (default: runs), as wide as a column.
 
-        click.echo(save(accuracy_over_experiences(read_folder(folder)), path or folder / "accuracy.png"))
+    A figure for each benchmark and protocol: KIND.png, or KIND-BENCHMARK.png where there are several benchmarks.
+    """
+    with user_errors():
+        from avalanche_fmlora.results.figures import draw, save
+
+        figures = draw(_only(read_folder(folder), methods), list(KINDS) if kind == "all" else [kind])
+        skipped = {name: error for name, error in figures.items() if isinstance(error, str)}
+        drawn = {name: figure for name, figure in figures.items() if not isinstance(figure, str)}
+        if not drawn:
+            raise ValueError("; ".join(skipped.values()))
+        for name, reason in skipped.items():
+            click.echo(f"No {name}: {reason}", err=True)
+        file = to is not None and to.suffix in (".png", ".svg", ".pdf")
+        if file and len(drawn) > 1:
+            raise ValueError(f"Expected a folder for {len(drawn)} figures ({', '.join(drawn)}) but got the file {to}.")
+        if file and ending not in (None, to.suffix[1:] if to else None):
+            raise ValueError(f"Expected --to to end in .{ending} but got {to}: leave --format out, or name a folder.")
+        for name, figure in drawn.items():
+            click.echo(save(figure, to if file and to else (to or folder) / f"{name}.{ending or 'png'}"))
+
+
+def _only(records: list[Record], methods: str | None) -> list[Record]:
+    if methods is None:
+        return records
+    wanted = {name.strip() for name in methods.split(",")}
+    there = {name for r in records for name in (r["config"]["method"], r["config"]["label"]) if name}
+    if wanted - there:
+        raise ValueError(f"Expected --methods to be among {sorted(there)} but got {sorted(wanted - there)}.")
+    return [r for r in records if {r["config"]["method"], r["config"]["label"]} & wanted]
 
 
 def read_folder(folder: Path) -> list[Record]:

@@ -101,6 +101,14 @@ def groups_of(records: Iterable[Record]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def protocols_of(records: Iterable[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """Records that may be compared, together, under (benchmark, id of the protocol, what sets it apart)."""
+    protocols: dict[tuple[str, str, str], list[Record]] = {}
+    for run in runs_of(records):
+        protocols.setdefault((run.benchmark, run.protocol_id, run.protocol), []).append(run.record)
+    return protocols
+
+
 def apart_of(group: Sequence[Run]) -> str | None:
     """Why the runs of a group don't compete with other methods, if they don't."""
     return next((run.apart for run in group if run.apart), None)

@@ -1,0 +1,143 @@
+"""Accuracy and forgetting over the experiences: a line a method, a band of one standard deviation over runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from avalanche_fmlora.results.figures.labels import label_lines
+from avalanche_fmlora.results.figures.style import (
+    Series,
+    column_figure,
+    new_figure,
+    per_cent,
+    series_of,
+    title,
+)
+from avalanche_fmlora.results.schema import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@column_figure
+def accuracy_over_experiences(records: Iterable[Record]) -> Figure:
+    """Mean accuracy over the experiences seen so far; a method of which only the end is known is a level line.
+
+    Args:
+        records: finished runs of one benchmark and protocol; failed ones are left out.
+
+    Raises:
+        ValueError: if there is none, or if they are of several protocols.
+    """
+    import numpy as np
+
+    series = series_of(records)
+    figure = new_figure(2.5)
+    axes = figure.subplots()
+    ends = []
+    for one in series:
+        curves = np.array([[_seen(row, t) for t, row in enumerate(_matrix(run.record))] for run in one.runs])
+        ends.append(_draw(axes, one, curves, first=1))
+    axes.set_xlabel("experiences learned")
+    axes.set_ylabel("accuracy on all seen [%]")
+    _finish(axes, series, ends)
+    return figure
+
+
+@column_figure
+def forgetting(records: Iterable[Record]) -> Figure:
+    """Above: forgetting over the experiences; below: at the end, a bar a method with the standard deviation over runs.
+
+    After experience t it is the mean over earlier experiences of the best accuracy so far minus the accuracy now.
+
+    Args:
+        records: finished runs of one benchmark and protocol; joint training has no forgetting and is left out.
+
+    Raises:
+        ValueError: if there is none, or if they are of several protocols, or of a single experience.
+    """
+    import numpy as np
+
+    series = [s for s in series_of(records) if any(run.record["metrics"]["forgetting"] is not None for run in s.runs)]
+    if not series:
+        raise ValueError("Expected runs of at least two experiences learned in turn, since forgetting needs them.")
+    figure = new_figure(2.5 + 0.3 + 0.14 * len(series))
+    above, below = figure.subplots(2, height_ratios=[2.0, 0.3 + 0.14 * len(series)])
+    ends = []
+    for one in series:
+        curves = np.array([_forgetting(_matrix(run.record)) for run in one.runs])
+        ends.append(_draw(above, one, curves, first=2))
+    above.set_xlabel("experiences learned")
+    above.set_ylabel("forgetting [points]")
+    above.set_ylim(bottom=min(0.0, above.get_ylim()[0]))
+    _finish(above, series, ends)
+    _bars(below, series)
+    return figure
+
+
+def _matrix(record: Record) -> Any:
+    import numpy as np
+
+    return np.array(record["accuracy_matrix"], dtype=float)
+
+
+def _seen(row: Any, t: int) -> float:
+    """Mean over experiences up to t; NaN where one isn't known."""
+    return float(row[: t + 1].mean())
+
+
+def _forgetting(matrix: Any) -> list[float]:
+    """After each experience but the first; NaN where unknown."""
+    import numpy as np
+
+    count = len(matrix)
+    drops = [np.nanmax(matrix[:t, :t], axis=0) - matrix[t, :t] for t in range(1, count) if not np.isnan(matrix[0, 0])]
+    return [float(drop.mean()) for drop in drops] or [float("nan")] * (count - 1)
+
+
+def _draw(axes: Axes, one: Series, curves: Any, first: int) -> tuple[str, float, float, str]:
+    """The line, and (name, x, y, colour) of its end; `first` is the number of experiences at the first point."""
+    import numpy as np
+
+    mean, colour, x = curves.mean(0), one.look.colour, np.arange(first, first + curves.shape[1])
+    if np.isnan(mean[0]):
+        axes.axhline(mean[-1], color=colour, linestyle=one.look.line, linewidth=one.look.width)
+        return one.name, float(x[-1]), float(mean[-1]), colour
+    every = max(1, len(x) // 10)
+    axes.plot(
+        x, mean, linestyle=one.look.line, marker=one.look.marker, color=colour, lw=one.look.width, markevery=every
+    )
+    if len(curves) > 1:
+        std = curves.std(0, ddof=1)
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    return one.name, float(x[-1]), float(mean[-1]), colour
+
+
+def _finish(axes: Axes, series: Sequence[Series], ends: Sequence[tuple[str, float, float, str]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    per_cent(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title(series), loc="left")
+    axes.grid()
+    label_lines(axes, ends)
+
+
+def _bars(axes: Axes, series: Sequence[Series]) -> None:
+    import numpy as np
+
+    values = {s.name: [v for run in s.runs if (v := run.record["metrics"]["forgetting"]) is not None] for s in series}
+    order = sorted(series, key=lambda s: -float(np.mean(values[s.name])))
+    means = [float(np.mean(values[s.name])) for s in order]
+    stds = [float(np.std(values[s.name], ddof=1)) if len(values[s.name]) > 1 else 0.0 for s in order]
+    axes.barh([s.name for s in order], means, color="0.82", edgecolor="0.35", linewidth=0.5, height=0.65)
+    if any(stds):
+        axes.errorbar(means, range(len(order)), xerr=stds, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
+    for k, (mean, std) in enumerate(zip(means, stds, strict=True)):
+        axes.text(max(mean + std, 0) + 0.003, k, f"{100 * mean:.1f}", va="center", fontsize=6.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("forgetting at the end [points]" + (" ± standard deviation" if any(stds) else ""))
+    axes.margins(x=0.12)
+    per_cent(axes.xaxis)
