@@ -11,9 +11,11 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from safetensors.torch import load_file
 
 from avalanche_fmlora import CheckpointPlugin
+from avalanche_fmlora.modules.network import backbone_parameter_names
 from avalanche_fmlora.strategies.registry import methods
 
 METHODS = sorted(methods())
@@ -98,3 +100,138 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(
     resumed = _run(case, tmp_path, make_strategy, class_benchmark)
     _assert_same(resumed.training_state(), whole.training_state())
     assert resumed.clock.train_exp_counter == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_backbone_is_not_in_it(
+    name: str, make_vit: Any, make_strategy: Any, train: Any, make_class_benchmark: Any, tmp_path: Path
+) -> None:
+    """A checkpoint is at most three times what the method adds to the backbone, its head included.
+
+    Some 20 kB of random generators and counters are in it, whatever the size of the model.
+    """
+    vit = make_vit(embed_dim=768, num_heads=4)
+    strategy = make_strategy(name, vit, train_epochs=1, plugins=[CheckpointPlugin(tmp_path)])
+    own = {f"vit.{n}" for n in backbone_parameter_names(strategy.model.vit)}
+
+    def check(strategy: Any) -> None:
+        path = max(tmp_path.iterdir())
+        added = sum(t.numel() * t.element_size() for t in strategy.model.adapter_state().values())
+        assert path.stat().st_size <= 3 * added
+        names = {k.partition("model/tensors/")[2] for k in load_file(path)} - {""}
+        assert names == set(strategy.model.adapter_state())
+        assert not names & own
+
+    train(strategy, make_class_benchmark(20, 2, 2), after=check)
+    assert len(list(tmp_path.iterdir())) == (1 if strategy.joint else 2)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_left_alone(
+    make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    train(make_strategy("ncm", plugins=[CheckpointPlugin(tmp_path)]), class_benchmark, n=1)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"Expected an empty folder but .* call `start = plugin\.resume\(strategy\)`"):
+        train(make_strategy("ncm", plugins=[CheckpointPlugin(tmp_path)]), class_benchmark, n=1)
+    plugin = CheckpointPlugin(tmp_path)
+    with pytest.raises(ValueError, match=r"it has method = 'ncm' and here it is 'seq_lora'(.|\n)*There is no other"):
+        plugin.resume(make_strategy("seq_lora", plugins=[plugin]))
+    with pytest.raises(ValueError, match=r"it has options\.seed = 0 and here it is 1"):
+        plugin.resume(make_strategy("ncm", plugins=[plugin], seed=1))
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_another_backbone_is_refused(
+    make_vit: Any, make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)], train_epochs=1), class_benchmark, n=1)
+    plugin = CheckpointPlugin(tmp_path)
+    with pytest.raises(ValueError, match="something else: it has backbone = "):
+        plugin.resume(make_strategy("seq_lora", make_vit(seed=1), plugins=[plugin]))
+
+
+def test_other_plugins_and_metrics_are_refused(
+    make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)], train_epochs=1), class_benchmark, n=1)
+    plugin = CheckpointPlugin(tmp_path)
+    with pytest.raises(ValueError, match=r"with the metrics \[\] but this one has \['EpochAccuracy'"):
+        plugin.resume(make_strategy("seq_lora", plugins=[plugin], evaluator=_evaluator()))
+    with pytest.raises(
+        ValueError, match=r"with the plugins \['SchedulePlugin'\] but this one has \['SchedulePlugin', '_R"
+    ):
+        plugin.resume(make_strategy("seq_lora", plugins=[plugin, _Remembers()]))
+
+
+def test_strategies_of_others_are_refused(class_benchmark: Any, tmp_path: Path) -> None:
+    from avalanche.models import SimpleMLP
+    from avalanche.training import Naive
+
+    plugin, model = CheckpointPlugin(tmp_path), SimpleMLP(input_size=3 * 16 * 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin], evaluator=None)
+    message = "expects a strategy of avalanche_fmlora but got Naive"
+    with pytest.raises(ValueError, match=message):
+        strategy.train(class_benchmark.train_stream[0])
+    with pytest.raises(ValueError, match=message):
+        plugin.resume(strategy)
+
+
+class _Remembers(SupervisedPlugin):
+    """A user's own: numbers it keeps, and something that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.by_class: dict[int, int] = {}
+        self.model = torch.nn.Linear(1, 1)
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.losses.append(float(strategy.loss.detach()))
+        for y in strategy.mb_y.tolist():
+            self.by_class[y] = self.by_class.get(y, 0) + 1
+
+
+def test_what_the_user_adds_goes_on_too(make_strategy: Any, class_benchmark: Any, tmp_path: Path, caplog: Any) -> None:
+    """Plugins, schedulers that run through, optimizers with tensors of their own, evaluation within training."""
+
+    def run(folder: Path | None, n: int) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.tensor(2.0))
+        optimizer = torch.optim.AdamW([{"params": [weight], "name": "lora", "lr": 0.01}])
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        remembers = _Remembers()
+        checkpoints = [CheckpointPlugin(folder)] if folder is not None else []
+        strategy = make_strategy(
+            "seq_lora",
+            optimizer=optimizer,
+            criterion=lambda logits, y: torch.nn.functional.cross_entropy(logits, y) * weight,
+            plugins=[*checkpoints, remembers, LRSchedulerPlugin(scheduler, reset_scheduler=False, reset_lr=False)],
+            evaluator=_evaluator(),
+            eval_every=1,
+            train_epochs=3,
+        )
+        start = checkpoints[0].resume(strategy) if checkpoints else 0
+        for experience in class_benchmark.train_stream[start:n]:
+            strategy.train(experience, eval_streams=[class_benchmark.test_stream])
+        return strategy, scheduler, weight.detach(), remembers
+
+    run(tmp_path, 2)
+    assert caplog.text.count("A checkpoint can't hold what _Remembers keeps in `model`") == 1
+    assert "LRScheduler" not in caplog.text
+    whole, resumed = run(None, 3), run(tmp_path, 3)
+    assert resumed[1].state_dict() == whole[1].state_dict()
+    assert resumed[1].last_epoch == 9
+    assert torch.equal(resumed[2], whole[2])
+    assert resumed[2] != 2
+    assert (resumed[3].losses, resumed[3].by_class) == (whole[3].losses, whole[3].by_class)
+    states = [s.model.state_dict() for s in (whole[0], resumed[0])]
+    assert not [k for k, v in states[0].items() if not torch.equal(v, states[1][k])]
+
+
+def test_a_finished_run_has_nothing_left_to_do(make_strategy: Any, class_benchmark: Any, tmp_path: Path) -> None:
+    first = _run("fm_lora", tmp_path, make_strategy, class_benchmark)
+    again = _run("fm_lora", tmp_path, make_strategy, class_benchmark)
+    _assert_same(again.training_state(), first.training_state())
+    history = next(p.history for p in again.plugins if hasattr(p, "history"))
+    assert [h["experience"] for h in history] == [0, 1, 2]

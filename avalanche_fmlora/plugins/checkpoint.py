@@ -13,8 +13,8 @@ from avalanche_fmlora.checkpoint import CheckpointFolder
 class CheckpointPlugin(SupervisedPlugin):
     """Saves after each experience what going on with the next one needs, without the backbone.
 
-    A script that begins with :meth:`resume` can be stopped or killed at any time and started again: it ends with the
-    same numbers, on a CPU to the bit, as one that was never stopped.
+    A script that begins with :meth:`resume` and calls `train` once an experience can be stopped or killed at any time
+    and started again: it ends with the same numbers, on a CPU to the bit, as one that was never stopped.
 
     >>> import tempfile, timm
     >>> from avalanche_fmlora import SeqLoRAStrategy

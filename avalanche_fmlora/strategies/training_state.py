@@ -41,7 +41,7 @@ def training_state(strategy: ContinualStrategy) -> dict[str, Any]:
         "scaler": strategy._scaler.state_dict(),
         "resources": strategy.resources,
         "clock": object_state(strategy.clock)[0],
-        "plugins": [_plugin_state(p) for p in _keeping(strategy)],
+        "plugins": [(type(p).__name__, _plugin_state(strategy, p)) for p in _keeping(strategy)],
         "metrics": _metric_state(strategy.evaluator),
         "random": random_state(),
     }
@@ -120,17 +120,19 @@ def _keeping(strategy: ContinualStrategy) -> list[Any]:
     return [p for p in strategy.plugins if not isinstance(p, frame) and vars(p) and getattr(p, "checkpointed", True)]
 
 
-def _plugin_state(plugin: Any) -> tuple[str, dict[str, Any]]:
+def _plugin_state(strategy: ContinualStrategy, plugin: Any) -> dict[str, Any]:
     kept, left_out = object_state(plugin, tensors=is_ours(plugin))
     if isinstance(plugin, LRSchedulerPlugin):
         left_out.remove("scheduler")
         kept[_SCHEDULER] = plain(plugin.scheduler.state_dict())
-    if left_out and not is_ours(plugin):
+    told = strategy.__dict__.setdefault("_told_of", [])
+    if left_out and not is_ours(plugin) and plugin not in told:
+        told.append(plugin)
         logger.warning(
             "A checkpoint can't hold what %s keeps in %s: going on from it may differ from a run without a break.",
             type(plugin).__name__, ", ".join(f"`{name}`" for name in left_out),
         )  # fmt: skip
-    return type(plugin).__name__, kept
+    return kept
 
 
 def _metric_state(evaluator: EvaluationPlugin) -> dict[str, Any]:
