@@ -27,7 +27,8 @@ IDENTITY = {"method": "fm_lora", "options": {"rank": 4, "lr": 0.1}}
 STATE: dict[str, Any] = {
     "numbers": [1, -2.5, 1e-300, 0.1 + 0.2, True, None, "text", math.inf, -math.inf],
     "containers": {1: "int", None: "none", ("a", 2): {"set": {3, 4}, "$odd": ()}},
-    "tensors": (torch.arange(6.0).reshape(2, 3).T, torch.zeros(0, 5), torch.tensor(True), torch.ones(2, dtype=torch.bfloat16)),
+    "tensors": (torch.arange(6.0).reshape(2, 3).T, torch.zeros(0, 5), torch.tensor(True)),
+    "half": [torch.ones(2, dtype=torch.bfloat16), torch.full((), -0.0, dtype=torch.float16)],
     "a/b": torch.tensor([1]),
     "a": {"b": torch.tensor([2])},
 }  # fmt: skip
@@ -130,9 +131,10 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch
     folder.save(1, {"n": 1}, IDENTITY)
     before = folder.files()[1].read_bytes()
     for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(os, name, _interrupt)
-            folder.save(1, {"n": 2}, IDENTITY)
+            with pytest.raises(KeyboardInterrupt):
+                folder.save(1, {"n": 2}, IDENTITY)
         assert [p.name for p in tmp_path.iterdir()] == ["experience-0001.safetensors"]
         assert folder.files()[1].read_bytes() == before
     left = tmp_path / ".experience-0002.safetensors.77-ab.tmp"  # of a process that was killed while it wrote

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from torch import nn
 
+from avalanche_fmlora.strategies.config import structural_options
 from avalanche_fmlora.strategies.fm_lora import FMLoRAConfig
 from avalanche_fmlora.strategies.registry import method, methods
 
@@ -176,6 +177,39 @@ def test_every_option_changes_something(name: str, path: str, field: FieldInfo, 
     same = _same(trace(name, given), trace(name, {**given, **nested}))
     reason = INERT.get(name, {}).get(path)
     assert same == (reason is not None), f"{path}={value!r} beside {given}: {reason or 'changes nothing'}"
+
+
+_SAVED: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(("name", "path", "field"), [c for c in CASES if "." not in c.values[1]])
+def test_options_that_say_what_saved_tensors_mean_are_marked(
+    name: str, path: str, field: FieldInfo, make_strategy: Any, train: Any, make_class_benchmark: Any, images: Any,
+    tmp_path_factory: Any,
+) -> None:  # fmt: skip
+    """A strategy with another value either refuses the file or computes with it what was saved."""
+    given = {k: v for k, v in GIVEN.get(path, {}).items() if k in METHODS[name].config_class.model_fields}
+    given = {k: v for k, v in given.items() if METHODS[name].config_class.model_fields[k].annotation != _NO_CHOICE}
+    key = f"{name} {given}"
+    if key not in _SAVED:
+        saved = train(make_strategy(name, train_epochs=1, **given), make_class_benchmark(4, 2, 4))
+        _SAVED[key] = (saved.save(tmp_path_factory.mktemp("saved") / "adapter"), _logits(saved, images))
+    file, logits = _SAVED[key]
+    other = make_strategy(name, **{**given, path: _another(path, field)})
+    if path in structural_options(METHODS[name].config_class):
+        with pytest.raises(ValueError, match=rf"was saved with .*'{path}'"):
+            other.load(file)
+    else:
+        other.load(file)
+        assert torch.equal(_logits(other, images), logits)
+
+
+_NO_CHOICE = Literal["class_mean"]
+
+
+@torch.no_grad()
+def _logits(strategy: Any, images: Any) -> Any:
+    return strategy.model.eval()(images)
 
 
 @pytest.mark.parametrize("name", [m for m, c in METHODS.items() if "cache_queries" in c.config_class.model_fields])

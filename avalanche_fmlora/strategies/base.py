@@ -23,7 +23,7 @@ from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
 from avalanche_fmlora.modules.vit import check_vit, feature_dim
 from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin, ExperiencePlugin, SchedulePlugin
-from avalanche_fmlora.strategies.config import MethodConfig, validate
+from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
@@ -301,7 +301,8 @@ class ContinualStrategy(SupervisedTemplate):
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
-        state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"))
+        structural = structural_options(type(self.config))
+        state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"), structural)
         self.model.load_adapter_state(state)
 
     def training_state(self) -> dict[str, Any]:

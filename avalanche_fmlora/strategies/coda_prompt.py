@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, check_blocks, task_generator
-from avalanche_fmlora.strategies.config import Schedule
+from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
 
@@ -23,13 +23,13 @@ _LOG = logging.getLogger(__name__)
 class CODAPromptConfig(PromptConfig):
     """Options of CODA-Prompt."""
 
-    pool_size: int = Field(100, ge=1)
+    pool_size: Structural[int] = Field(100, ge=1)
     """Components M of all tasks together, a multiple of `n_tasks`."""
-    n_tasks: int = Field(10, ge=1)
+    n_tasks: Structural[int] = Field(10, ge=1)
     """Experiences T that the pool is for; each gets M/T components."""
-    prompt_length: int = Field(8, ge=2, multiple_of=2)
+    prompt_length: Structural[int] = Field(8, ge=2, multiple_of=2)
     """Length L of a component: the first half goes to the keys, the second to the values."""
-    blocks: tuple[int, ...] = (0, 1, 2, 3, 4)
+    blocks: Structural[tuple[int, ...]] = (0, 1, 2, 3, 4)
     """Blocks with prompts."""
     ortho_weight: float = Field(0.0, ge=0)
     """Weight μ of the orthogonality loss on components, keys and attention vectors (published: 0)."""

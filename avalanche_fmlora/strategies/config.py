@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Classifier = Literal["linear", "cosine", "class_mean"]
 Schedule = Literal["cosine", "constant", "coda"]
+
+
+ValueT = TypeVar("ValueT")
+
+
+class _OfTheModel:
+    """Mark of options that say what the saved tensors mean."""
+
+
+Structural = Annotated[ValueT, _OfTheModel()]
+"""Type of an option without which saved tensors can't be read, as ``rank: Structural[int]``; all other options only
+matter to training, so that a strategy with other values may load the file."""
 
 
 class StrictModel(BaseModel):
@@ -21,9 +33,9 @@ class StrictModel(BaseModel):
 class MethodConfig(StrictModel):
     """Options of every method: classifier, optimiser and precision."""
 
-    classifier: Classifier = "linear"
+    classifier: Structural[Classifier] = "linear"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
-    logit_scale: float = Field(16.0, gt=0)
+    logit_scale: Structural[float] = Field(16.0, gt=0)
     """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
     row_transport: bool = False
     """Move the `class_mean` rows of past classes along with the drift of the current experience's features."""
@@ -56,6 +68,17 @@ class MethodConfig(StrictModel):
     """Compile the features' forward pass with torch.compile."""
     seed: int = 0
     """Seed of the method's own random starts (bases, rows, Gumbel noise)."""
+
+
+def structural_options(config: type[BaseModel]) -> set[str]:
+    """Names of the options that are :data:`Structural` in a configuration class or in one that it extends.
+
+    >>> sorted(structural_options(MethodConfig))
+    ['classifier', 'logit_scale']
+    """
+    classes = [c for c in config.__mro__ if issubclass(c, BaseModel)]
+    fields = [(name, field) for c in classes for name, field in c.model_fields.items()]
+    return {name for name, field in fields if any(isinstance(m, _OfTheModel) for m in field.metadata)}
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

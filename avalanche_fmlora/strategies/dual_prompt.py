@@ -18,7 +18,7 @@ from avalanche_fmlora.modules.prompt_pool import (
     task_generator,
     uniform,
 )
-from avalanche_fmlora.strategies.config import Schedule
+from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
 
@@ -26,19 +26,19 @@ from avalanche_fmlora.strategies.registry import register
 class DualPromptConfig(PromptConfig):
     """Options of DualPrompt."""
 
-    g_length: int = Field(5, ge=1)
+    g_length: Structural[int] = Field(5, ge=1)
     """Length L_G of the general prompt, of keys and of values each."""
-    e_length: int = Field(5, ge=1)
+    e_length: Structural[int] = Field(5, ge=1)
     """Length L_E of a task's expert prompt, of keys and of values each (20 for ImageNet-R and CUB)."""
-    g_blocks: tuple[int, ...] = (0, 1)
+    g_blocks: Structural[tuple[int, ...]] = (0, 1)
     """Blocks with the general prompt."""
-    e_blocks: tuple[int, ...] = (2, 3, 4)
+    e_blocks: Structural[tuple[int, ...]] = (2, 3, 4)
     """Blocks with the expert prompts."""
     pull_weight: float = Field(1.0, ge=0)
     """Weight λ of the cosine between queries and the task's key, which the loss subtracts."""
-    n_tasks: int | None = Field(None, ge=1)
+    n_tasks: Structural[int | None] = Field(None, ge=1)
     """Expert prompts made in advance; null makes one as each experience begins. More experiences add more anyway."""
-    restrict_to_seen: bool = True
+    restrict_to_seen: Structural[bool] = True
     """At test time only keys of tasks seen compete; else also those of the tasks of `n_tasks` still to come."""
     lr_prompt: float = Field(0.00375, ge=0)
     """Learning rate of prompts and keys: 0.03·batch/256 at the batch size of 32. It is not scaled for another."""

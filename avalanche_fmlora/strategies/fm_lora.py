@@ -23,7 +23,7 @@ from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
 from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import Classifier, MethodConfig, StrictModel
+from avalanche_fmlora.strategies.config import Classifier, MethodConfig, StrictModel, Structural
 from avalanche_fmlora.strategies.registry import register
 
 
@@ -64,15 +64,15 @@ class MetaPromptConfig(StrictModel):
 class FMLoRAConfig(MethodConfig):
     """Options of FM-LoRA."""
 
-    rank: int = Field(32, ge=1)
+    rank: Structural[int] = Field(32, ge=1)
     """Rank R of the shared subspace."""
-    targets: tuple[Target, ...] = ("q", "v")
+    targets: Structural[tuple[Target, ...]] = ("q", "v")
     """Adapted maps: q, k, v, proj, fc1, fc2."""
-    blocks: tuple[int, ...] | None = None
+    blocks: Structural[tuple[int, ...] | None] = None
     """Adapted blocks, from 0; null means all."""
-    scale: float = Field(1.0, gt=0)
+    scale: Structural[float] = Field(1.0, gt=0)
     """Scale s of the update s·A C B."""
-    bases: Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"] = "first_experience"
+    bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
     """Where the shared bases come from."""
     core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = 1.0
     """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t."""
@@ -82,7 +82,7 @@ class FMLoRAConfig(MethodConfig):
     """Weight λ_core of ‖C_t − C_{t−1}‖²."""
     rank_selection: RankSelectionConfig | None = RankSelectionConfig()
     """Dynamic rank selector; null keeps rank R in every experience. A RankSelectionPlugin is taken too."""
-    prompt_length: int = Field(4, ge=0)
+    prompt_length: Structural[int] = Field(4, ge=0)
     """Tokens L of the meta-prompt; 0 for none."""
     meta_prompt: MetaPromptConfig = MetaPromptConfig()
     """How the meta-prompt moves. A plugin is taken too."""

@@ -23,7 +23,7 @@ from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import Target, replace_linears
 from avalanche_fmlora.plugins._passes import training_images
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import MethodConfig
+from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
 
 
@@ -186,11 +186,11 @@ def _moments(strategy: Any) -> list[Tensor]:
 class InfLoRAConfig(MethodConfig):
     """Options of InfLoRA."""
 
-    rank: int = Field(10, ge=1)
+    rank: Structural[int] = Field(10, ge=1)
     """Rank of each experience's update."""
-    targets: tuple[Target, ...] = ("k", "v")
+    targets: Structural[tuple[Target, ...]] = ("k", "v")
     """Adapted maps: q, k, v, proj, fc1, fc2."""
-    blocks: tuple[int, ...] | None = None
+    blocks: Structural[tuple[int, ...] | None] = None
     """Adapted blocks, from 0; null means all."""
     threshold: float = Field(0.95, gt=0, le=1)
     """Share of the inputs that the memory covers after the first experience (0.98 on ImageNet-R)."""

@@ -13,7 +13,7 @@ from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, cosines, uniform
 from avalanche_fmlora.modules.vit import forward_tokens
-from avalanche_fmlora.strategies.config import Schedule
+from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
 
@@ -23,17 +23,17 @@ Position = Literal["cls", "none"]
 class L2PConfig(PromptConfig):
     """Options of L2P."""
 
-    pool_size: int = Field(10, ge=1)
+    pool_size: Structural[int] = Field(10, ge=1)
     """Prompts M in the pool."""
-    prompt_length: int = Field(5, ge=1)
+    prompt_length: Structural[int] = Field(5, ge=1)
     """Tokens L of a prompt."""
-    top_k: int = Field(5, ge=1)
+    top_k: Structural[int] = Field(5, ge=1)
     """Prompts K that an image picks."""
     pull_weight: float = Field(0.1, ge=0)
     """Weight λ of the cosines between queries and the keys picked, which the loss subtracts."""
-    prompt_position: Position = "cls"
+    prompt_position: Structural[Position] = "cls"
     """Position added to prompt tokens: the class token's, as in the PyTorch port, or none, as in the JAX original."""
-    batchwise: bool = False
+    batchwise: Structural[bool] = False
     """All images of a batch take the K prompts most of them pick, as published; leaks task identity at test time."""
     lr_prompt: float = Field(0.00375, ge=0)
     """Learning rate of prompts and keys: 0.03·batch/256 at the batch size of 32. It is not scaled for another."""

@@ -18,7 +18,7 @@ from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import Target, replace_linears
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import MethodConfig
+from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
 
 
@@ -192,11 +192,11 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
 class SDLoRAConfig(MethodConfig):
     """Options of SD-LoRA."""
 
-    rank: int = Field(10, ge=1)
+    rank: Structural[int] = Field(10, ge=1)
     """Rank of each experience's update."""
-    targets: tuple[Target, ...] = ("q", "v")
+    targets: Structural[tuple[Target, ...]] = ("q", "v")
     """Adapted maps: q, k, v, proj, fc1, fc2."""
-    blocks: tuple[int, ...] | None = None
+    blocks: Structural[tuple[int, ...] | None] = None
     """Adapted blocks, from 0; null means all."""
     magnitude: float = 0.8
     """Value of every magnitude a_s when an experience begins."""

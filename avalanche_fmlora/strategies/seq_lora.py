@@ -11,20 +11,20 @@ from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import Target, adapt_linears
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import MethodConfig
+from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
 
 
 class SeqLoRAConfig(MethodConfig):
     """Options of sequential LoRA."""
 
-    rank: int = Field(10, ge=1)
+    rank: Structural[int] = Field(10, ge=1)
     """Rank of the LoRA."""
-    targets: tuple[Target, ...] = ("q", "v")
+    targets: Structural[tuple[Target, ...]] = ("q", "v")
     """Adapted maps: q, k, v, proj, fc1, fc2."""
-    blocks: tuple[int, ...] | None = None
+    blocks: Structural[tuple[int, ...] | None] = None
     """Adapted blocks, from 0; null means all."""
-    scale: float = Field(1.0, gt=0)
+    scale: Structural[float] = Field(1.0, gt=0)
     """Scale of the update (α/r of the LoRA paper)."""
     lr_lora: float = Field(2e-4, ge=0)
     """Learning rate of A and B."""

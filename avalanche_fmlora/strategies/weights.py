@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,26 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from avalanche_fmlora.results.record import write_atomically
+
 _FORMAT = "avalanche_fmlora adapter 1"
-# fmt: off
-_OF_THE_MODEL = {
-    "rank", "targets", "blocks", "scale", "bases", "classifier", "logit_scale", "prompt_length", "pool_size", "top_k",
-    "prompt_position", "batchwise", "g_length", "e_length", "g_blocks", "e_blocks", "n_tasks", "restrict_to_seen",
-}
-# fmt: on
-"""Options that say what the tensors mean; all others only matter to training."""
 
 
 def save_adapter(path: Path, state: dict[str, Tensor], method: str, config: dict[str, Any]) -> Path:
     """Write tensors with the method's name and configuration beside them; the file appears whole or not at all."""
     metadata = {"format": _FORMAT, "method": method, "config": json.dumps(config, sort_keys=True)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        safetensors.torch.save_file({k: v.detach().contiguous() for k, v in state.items()}, name, metadata)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return path
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    return write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-def load_adapter(path: Path, method: str, config: dict[str, Any]) -> dict[str, Tensor]:
+def load_adapter(path: Path, method: str, config: dict[str, Any], structural: Iterable[str]) -> dict[str, Tensor]:
     """Read the tensors of :func:`save_adapter` for a strategy of this method and configuration.
+
+    Args:
+        path: the file.
+        method: of the strategy.
+        config: its options.
+        structural: names of the options that must be as they were saved.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,7 +51,7 @@ def load_adapter(path: Path, method: str, config: dict[str, Any]) -> dict[str, T
             f"{path} holds a {metadata['method']} adapter but this strategy is {method}: use that strategy."
         )
     saved = json.loads(metadata["config"])
-    other = {k: saved[k] for k in sorted(_OF_THE_MODEL & saved.keys() & config.keys()) if saved[k] != config[k]}
+    other = {k: saved[k] for k in sorted({*structural} & saved.keys() & config.keys()) if saved[k] != config[k]}
     if other:
         own = {k: config[k] for k in other}
         raise ValueError(
