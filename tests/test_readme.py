@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -25,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_pipeline_runs_and_is_short(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     check = (
         "\nassert type(vit).__name__ == 'VisionTransformer' and vit.head is not None\nprint('learned', vit.num_classes)"
@@ -33,6 +34,21 @@ def test_the_pipeline_runs_and_is_short(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "learned 100"
+
+
+def test_the_pipeline_with_checkpoints_goes_on(
+    make_strategy: Any, class_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, code = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    names = {"benchmark": class_benchmark, "glyph_vit": lambda: None}
+    names["FMLoRAStrategy"] = lambda model, plugins: make_strategy("fm_lora", plugins=plugins, train_epochs=1)
+    for start in (0, len(class_benchmark.train_stream)):
+        done: dict[str, Any] = dict(names)
+        exec(code, done)
+        assert done["start"] == start
+        assert done["strategy"].model.head.seen.all()
+    assert len(list((tmp_path / "runs" / "mine").iterdir())) == 2
 
 
 def commands() -> list[list[str]]:
