@@ -11,7 +11,7 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_fmlora.modules import functional
-from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin
+from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 
 
 @torch.no_grad()
@@ -165,11 +165,11 @@ def test_whitened_rows_come_from_the_current_experience_alone(
     head = strategy.model.head
     z, y = _features(strategy, [class_benchmark.train_stream[2]])
     expected = functional.whitened_rows(head.rows, functional.within_class_covariance(z, y), 0.5)
-    torch.testing.assert_close(head.folded, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.folded[0], expected, rtol=1e-4, atol=1e-5)
     images = torch.stack([x for x, *_ in class_benchmark.test_stream[0].dataset])
     logits = strategy.model.eval()(images)
     torch.testing.assert_close(
-        logits, head.scale * F.normalize(strategy.model.features(images), dim=-1) @ head.folded.T
+        logits, head.scale * F.normalize(strategy.model.features(images), dim=-1) @ head.folded[0].T
     )
     torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=1e-4, atol=1e-4)
 
@@ -182,6 +182,48 @@ def test_the_running_covariance_is_the_mean_over_samples(make_strategy: Any, tra
     expected = sum(functional.within_class_covariance(z, y) * len(y) / total for z, y in parts)
     head = strategy.model.head
     torch.testing.assert_close(head.covariance, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(head.folded, functional.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(head.folded[0], functional.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
     assert strategy.model.stored_statistics() == head.dim**2
     assert make_strategy("ncm", whitening=0.5).model.stored_statistics() == 0
+
+
+@pytest.mark.parametrize("whitening", [None, 0.5])
+def test_one_mean_for_each_experience_of_a_class(
+    whitening: float | None, make_strategy: Any, train: Any, domain_benchmark: Any, images: Tensor
+) -> None:
+    """Twin: means of each domain when it was learned; a class's logit is its largest over the domains."""
+    means: list[Tensor] = []
+
+    def remember(strategy: Any) -> None:
+        means.append(_means(*_features(strategy, [domain_benchmark.train_stream[len(means)]])))
+
+    options = {"recurring_rows": "per_experience", "whitening": whitening, "lr_core": 0.05}
+    strategy = train(make_strategy("fm_lora", **options), domain_benchmark, after=remember)
+    head, rows = strategy.model.head, torch.stack([F.normalize(m, dim=-1) for m in means])
+    torch.testing.assert_close(F.normalize(head.means, dim=-1), rows, rtol=1e-4, atol=1e-5)
+    if whitening:
+        covariance = functional.within_class_covariance(*_features(strategy, [domain_benchmark.train_stream[-1]]))
+        rows = functional.whitened_rows(rows.flatten(0, 1), covariance, whitening).view_as(rows)
+    z = F.normalize(strategy.model.eval().features(images), dim=-1)
+    expected = torch.stack([head.scale * z @ r.T for r in rows]).max(0).values
+    torch.testing.assert_close(strategy.model(images), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(strategy.merged_model().eval()(images), strategy.model(images), rtol=1e-4, atol=1e-4)
+    assert head.stored_parameters() == head.n_classes * head.dim * (1 + 2 * len(domain_benchmark.train_stream))
+
+
+def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any, domain_benchmark: Any) -> None:
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def remember(strategy: Any) -> None:
+        parts.append(_features(strategy, [domain_benchmark.train_stream[len(parts)]]))
+
+    strategy = train(make_strategy("fm_lora", recurring_rows="mean", lr_core=0.05), domain_benchmark, after=remember)
+    head = strategy.model.head
+    first, *others = [(_means(z, y), torch.bincount(y)[:, None]) for z, y in parts]
+    mean, total = F.normalize(first[0], dim=-1), first[1]
+    for part, count in others:
+        mean, total = (mean * total + part * count) / (total + count), total + count
+    torch.testing.assert_close(head.means[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.folded[0], F.normalize(mean, dim=-1), rtol=1e-4, atol=1e-5)
+    trained = train(make_strategy("fm_lora", whitening=0.5, lr_core=0.05), domain_benchmark).model.head
+    assert len(trained.folded) == len(trained.means) == 0, "rows that went on training are no means: never whitened"

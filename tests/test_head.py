@@ -133,7 +133,7 @@ def test_folded_rows_predict_between_experiences_only() -> None:
     head.close()
     folded = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
     plain, one_row = head(_features()), head.stored_parameters()
-    head.fold(folded)
+    head.fold(folded[None])
     torch.testing.assert_close(head(_features()), 7 * F.normalize(_features(), dim=-1) @ folded.T)
     assert head.stored_parameters() == 2 * one_row
     copy = IncrementalHead(4, scale=7.0)
@@ -144,6 +144,19 @@ def test_folded_rows_predict_between_experiences_only() -> None:
     head.begin([2])
     torch.testing.assert_close(head(_features())[:, :2], plain)
     with pytest.raises(ValueError, match="shape"):
-        head.fold(folded)
+        head.fold(folded[None])
     with pytest.raises(ValueError, match="cosine"):
-        IncrementalHead(4, cosine=False).fold(torch.zeros(0, 4))
+        IncrementalHead(4, cosine=False).fold(torch.zeros(1, 0, 4))
+
+
+def test_means_of_classes_that_recur_and_of_new_ones_stand_side_by_side() -> None:
+    head = IncrementalHead(2)
+    head.begin([0, 1])
+    head.close()
+    head.write(torch.tensor([0, 1]), torch.eye(2))
+    head.counts += 4
+    head.occurrences += 1
+    head.keep_means()
+    head.grow([2])
+    head.add_means(torch.tensor([1, 2]), torch.full((2, 2), 3.0), torch.tensor([4.0, 4.0]), separate=True)
+    assert head.means.tolist() == [[[1, 0], [0, 1], [3, 3]], [[1, 0], [3, 3], [3, 3]]]

@@ -72,6 +72,7 @@ INERT: dict[str, dict[str, str]] = {
 }
 """Options of the frame that can't matter to a method; they are tested to change nothing at all."""
 NO_EFFECT_ON_RESULTS = {"cache_queries"}
+ONLY_WHERE_CLASSES_RECUR = {"recurring_rows"}
 
 
 def _fields(config: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
@@ -113,7 +114,7 @@ CASES = [
     pytest.param(m, name, field, id=f"{m}-{name}")
     for m, cls in METHODS.items()
     for name, field in _fields(cls.config_class)
-    if name not in NO_EFFECT_ON_RESULTS and _another(name, field) is not EVERYTHING
+    if name not in NO_EFFECT_ON_RESULTS | ONLY_WHERE_CLASSES_RECUR and _another(name, field) is not EVERYTHING
 ]
 
 
@@ -215,6 +216,19 @@ def _logits(strategy: Any, images: Any) -> Any:
 @pytest.mark.parametrize("name", [m for m, c in METHODS.items() if "cache_queries" in c.config_class.model_fields])
 def test_options_of_speed_change_no_result(name: str, trace: Any) -> None:
     assert _same(trace(name, {}), trace(name, {"cache_queries": False}))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"joint"}))
+def test_every_way_to_predict_classes_that_recur_is_another(
+    name: str, make_strategy: Any, train: Any, domain_benchmark: Any, images: Any
+) -> None:
+    logits = []
+    for kind in ("trained", "mean", "per_experience"):
+        options = {"classifier": "class_mean", "recurring_rows": kind, "train_epochs": 2}
+        strategy = train(make_strategy(name, **options), domain_benchmark, n=2)
+        logits.append(strategy.model.eval()(images))
+    assert torch.equal(logits[0], logits[1]) == (name == "ncm"), "rows that never train are means as they are"
+    assert not torch.equal(logits[1], logits[2])
 
 
 @pytest.mark.parametrize("bases", get_args(FMLoRAConfig.model_fields["bases"].annotation))

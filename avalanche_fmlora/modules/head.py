@@ -29,7 +29,9 @@ class IncrementalHead(nn.Module):
         bias: shape [C] (zero with `cosine`).
         seen: bool, shape [C].
         counts: training samples of each class so far, shape [C].
-        folded: rows for prediction between experiences, see :meth:`fold`; shape [C, D], or [0, D] if there are none.
+        folded: rows for prediction between experiences, see :meth:`fold`; shape [K, C, D], K = 0 if there are none.
+        means: class means kept apart from rows that go on training, see :meth:`keep_means`; shape [K, C, D].
+        occurrences: experiences in which a class has been written, shape [C]; further means of it repeat its first.
         covariance: mean within-class covariance, shape [D, D], or [0, D] if it is not kept (:meth:`take_covariance`).
         active: the classes in training, in order, shape [A].
         active_rows, active_bias: their parameters, shapes [A, D] and [A].
@@ -41,6 +43,8 @@ class IncrementalHead(nn.Module):
     counts: Tensor
     covariance_samples: Tensor
     folded: Tensor
+    means: Tensor
+    occurrences: Tensor
     covariance: Tensor
     active: Tensor
     active_rows: nn.Parameter | None
@@ -55,7 +59,9 @@ class IncrementalHead(nn.Module):
         self.register_buffer("bias", torch.zeros(0))
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(0))
-        self.register_buffer("folded", torch.zeros(0, dim))
+        self.register_buffer("folded", torch.zeros(0, 0, dim))
+        self.register_buffer("means", torch.zeros(0, 0, dim))
+        self.register_buffer("occurrences", torch.zeros(0, dtype=torch.long))
         self.register_buffer("covariance", torch.zeros(0, dim))
         self.register_buffer("covariance_samples", torch.zeros(()))
         self.register_buffer("active", torch.zeros(0, dtype=torch.long))
@@ -86,8 +92,9 @@ class IncrementalHead(nn.Module):
         self.bias = F.pad(self.bias, (0, extra))
         self.seen = F.pad(self.seen, (0, extra))
         self.counts = F.pad(self.counts, (0, extra))
-        if len(self.folded):
-            self.folded = F.pad(self.folded, (0, 0, 0, extra))
+        self.occurrences = F.pad(self.occurrences, (0, extra))
+        self.folded = F.pad(self.folded, (0, 0, 0, extra))
+        self.means = F.pad(self.means, (0, 0, 0, extra))
 
     @torch.no_grad()
     def begin(self, classes: Iterable[int]) -> None:
@@ -127,14 +134,44 @@ class IncrementalHead(nn.Module):
 
     @torch.no_grad()
     def fold(self, rows: Tensor) -> None:
-        """Predict with these rows [C, D], as they are, until the next experience begins; `rows` stay for it.
+        """Predict with these rows [K, C, D], as they are, until the next experience begins; `rows` stay for it.
+
+        A class's logit is the largest over its K rows.
 
         Raises:
-            ValueError: if the head is linear.
+            ValueError: if the head is linear, or the shape another.
         """
-        if not self.cosine or rows.shape != self.rows.shape:
-            raise ValueError(f"Expected rows of a cosine head of shape {tuple(self.rows.shape)} but got {rows.shape}.")
+        if not self.cosine or rows.shape[1:] != self.rows.shape:
+            raise ValueError(
+                f"Expected rows of a cosine head, shape [K, {self.n_classes}, {self.dim}], but got {tuple(rows.shape)}."
+            )
         self.folded = rows.to(self.rows)
+
+    @torch.no_grad()
+    def keep_means(self) -> None:
+        """Keep the class means, which `rows` are now, apart from rows: classes recur, and theirs will train on."""
+        if not len(self.means):
+            self.means = self.rows.clone()[None]
+
+    @torch.no_grad()
+    def add_means(self, classes: Tensor, means: Tensor, counts: Tensor, *, separate: bool) -> None:
+        """Class means of an experience, where means are kept: as further ones, or into the mean of all samples.
+
+        Args:
+            classes: shape [A].
+            means: shape [A, D].
+            counts: samples behind them, shape [A]; those of experiences before are `self.counts`.
+            separate: keep those of each experience by themselves.
+        """
+        slots = self.occurrences[classes] if separate else torch.zeros_like(classes)
+        missing = int(slots.max()) + 1 - len(self.means)
+        if missing > 0:
+            self.means = torch.cat([self.means, self.means[:1].repeat(missing, 1, 1)])
+        past = torch.zeros_like(counts) if separate else self.counts[classes]
+        weight = (counts / (past + counts))[:, None]
+        first = self.occurrences[classes] == 0
+        self.means[slots, classes] = torch.lerp(self.means[slots, classes], means.to(self.means), weight.to(self.means))
+        self.means[1:, classes[first]] = self.means[0, classes[first]]
 
     @torch.no_grad()
     def take_covariance(self, covariance: Tensor, samples: int) -> Tensor:
@@ -146,9 +183,9 @@ class IncrementalHead(nn.Module):
         return self.covariance
 
     def prediction_rows(self) -> Tensor:
-        """What a cosine head multiplies normalised features with, [C, D]: the normalised rows, or the folded ones."""
+        """What a cosine head multiplies normalised features with: the folded rows [K, C, D], or its own [1, C, D]."""
         folded = len(self.folded) > 0 and not len(self.active)
-        return self.folded if folded else F.normalize(self.weights(), dim=-1)
+        return self.folded if folded else F.normalize(self.weights(), dim=-1)[None]
 
     def weights(self) -> Tensor:
         """All rows [C, D], those in training with their gradient."""
@@ -165,14 +202,16 @@ class IncrementalHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`."""
         if self.cosine:
-            logits = self.scale * F.linear(F.normalize(features, dim=-1), self.prediction_rows())
+            rows = self.prediction_rows()
+            logits = self.scale * F.linear(F.normalize(features, dim=-1), rows.flatten(0, 1))
+            logits = logits.unflatten(-1, rows.shape[:2]).amax(-2) if len(rows) > 1 else logits
         else:
             logits = F.linear(features, self.weights(), self.biases())
         return logits.masked_fill(~self.seen, UNSEEN_LOGIT)
 
     def stored_parameters(self) -> int:
-        """Numbers kept: one row a class seen (two if folded, and a bias if linear)."""
-        rows = 2 if len(self.folded) else 1
+        """Numbers kept: one row a class seen, its folded rows and its means, and a bias if linear."""
+        rows = 1 + len(self.folded) + len(self.means)
         return int(self.seen.sum()) * (rows * self.dim + (0 if self.cosine else 1))
 
     def stored_statistics(self) -> int:
@@ -181,7 +220,7 @@ class IncrementalHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
-        for name in ("rows", "bias", "seen", "counts", "folded", "covariance", "active"):
+        for name in ("rows", "bias", "seen", "counts", "folded", "means", "occurrences", "covariance", "active"):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:
                 setattr(self, name, torch.empty_like(saved, device=self.rows.device))

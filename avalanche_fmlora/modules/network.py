@@ -210,13 +210,21 @@ def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
 
 
 def _plain_head(head: IncrementalHead) -> nn.Module:
-    weights, unseen = head.prediction_rows() if head.cosine else head.weights(), ~head.seen
-    linear = nn.Linear(head.dim, head.n_classes, bias=not head.cosine or bool(unseen.any())).to(weights)
+    unseen = ~head.seen
+    rows = head.prediction_rows() if head.cosine else head.weights()[None]
+    count, n_classes = rows.shape[:2]
+    linear = nn.Linear(head.dim, count * n_classes, bias=not head.cosine or bool(unseen.any())).to(rows)
     if linear.bias is not None:
-        linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT))
+        linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT).repeat(count))
+    # RMSNorm without weights is f·√D/‖f‖: with rows s·w/√D behind it the logits are exactly s·f·w/‖f‖.
+    linear.weight.copy_(rows.flatten(0, 1) * (head.scale / head.dim**0.5 if head.cosine else 1.0))
     if not head.cosine:
-        linear.weight.copy_(weights)
         return linear
-    # RMSNorm without weights is f·√D/‖f‖: with rows s·w/(‖w‖√D) behind it the logits are exactly s·cos(f, w).
-    linear.weight.copy_(head.scale * weights / head.dim**0.5)
-    return nn.Sequential(nn.RMSNorm(head.dim, eps=torch.finfo(weights.dtype).tiny, elementwise_affine=False), linear)
+    norm = nn.RMSNorm(head.dim, eps=torch.finfo(rows.dtype).tiny, elementwise_affine=False)
+    if count == 1:
+        return nn.Sequential(norm, linear)
+    # As an image of one row for each of the K, so that pooling takes a class's largest.
+    largest = nn.Sequential(
+        nn.Unflatten(-1, (1, count, n_classes)), nn.AdaptiveMaxPool2d((1, n_classes)), nn.Flatten(1)
+    )
+    return nn.Sequential(norm, linear, *largest)

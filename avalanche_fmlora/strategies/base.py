@@ -22,7 +22,8 @@ from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
 from avalanche_fmlora.modules.vit import check_vit, feature_dim
-from avalanche_fmlora.plugins.lifecycle import ClassMeanPlugin, ExperiencePlugin, SchedulePlugin
+from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
+from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
@@ -161,6 +162,7 @@ class ContinualStrategy(SupervisedTemplate):
             ridge=c.transport_ridge,
             whitening=c.whitening,
             running=c.whitening_covariance == "running",
+            recurring=c.recurring_rows,
         )
 
     @classmethod

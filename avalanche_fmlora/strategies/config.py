@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Classifier = Literal["linear", "cosine", "class_mean"]
+RecurringRows = Literal["trained", "mean", "per_experience"]
 Schedule = Literal["cosine", "constant", "coda"]
 
 
@@ -47,6 +48,9 @@ class MethodConfig(StrictModel):
     whitening_covariance: Literal["current", "running"] = "current"
     """Covariance that whitens: of the current experience, or the mean over all experiences so far, for which D x D
     numbers are kept (a stored statistic, which the record declares)."""
+    recurring_rows: RecurringRows = "trained"
+    """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
+    over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""
     loss_classes: Literal["current", "seen"] = "current"
     """Classes in the training loss: the experience's own (and those of replayed samples), or all seen so far."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

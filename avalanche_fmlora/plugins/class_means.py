@@ -1,0 +1,129 @@
+"""Class-mean rows: written around each experience from two passes over its own images."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from avalanche_fmlora.modules import functional
+from avalanche_fmlora.plugins._passes import training_features
+
+
+class ClassMeanPlugin(SupervisedPlugin):
+    """Class-mean rows: new classes start as means of their normalised features and are written so again at the end.
+
+    Classes that recur (domain-incremental data) start from the mean of all their samples so far, and their rows keep
+    what training makes of them: the loss sees all of them at once, so they are comparable without being written anew.
+
+    Args:
+        train_rows: whether the rows train in between (no: nearest class mean).
+        transport: move rows of classes that are not in the experience along with the drift of its images' features,
+            where a map fitted on half of them explains some of the drift of the other half.
+        ridge: anchor of that map, in samples.
+        whitening: shrinkage λ; where given, predictions between experiences are made in the space in which the current
+            experience's images scatter alike in all directions around their class means. Only rows are kept of it.
+        running: whiten by the covariance of all experiences so far instead, which the head keeps.
+        recurring: what predicts a class that recurs: its row as trained (which is never whitened, being no mean), the
+            mean over all its samples, or one mean for each of its experiences, the nearest of which counts.
+
+    Attributes:
+        gains: share of the drift explained on held-out images, for each experience with classes of the past to move.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_rows: bool = True,
+        transport: bool = False,
+        ridge: float = 10.0,
+        whitening: float | None = None,
+        running: bool = False,
+        recurring: Literal["trained", "mean", "per_experience"] = "trained",
+    ) -> None:
+        super().__init__()
+        self.train_rows = train_rows
+        self.transport = transport
+        self.ridge = ridge
+        self.whitening = whitening
+        self.running = running
+        self.recurring = recurring
+        self.gains: list[float] = []
+        self._before: Tensor | None = None
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """One pass: features before the experience; they set the first rows of its classes."""
+        head = strategy.model.head
+        recur = bool((head.counts[strategy.training_classes()] > 0).any())
+        if recur and (self.recurring == "per_experience" or (self.recurring == "mean" and self.train_rows)):
+            head.keep_means()
+        if not self.train_rows:
+            return
+        features, labels = training_features(strategy)
+        self._before = features if self.transport and bool(self._absent(head, labels).any()) else None
+        self._write(head, features, labels, labels.unique())
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """One pass: rows of absent classes are moved, rows of new ones written, rows for prediction made of them."""
+        head = strategy.model.head
+        features, labels = training_features(strategy)
+        if self._before is not None:
+            self._move(head, labels, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
+        self._before = None
+        classes = labels.unique()
+        means, counts = functional.class_means(features, labels, classes)
+        if len(head.means):
+            head.add_means(classes, means, counts, separate=self.recurring == "per_experience")
+        if self.train_rows:
+            recurring = classes[head.counts[classes] > 0]
+            head.write(recurring, F.normalize(head.rows[recurring], dim=-1))
+            self._write(head, features, labels, classes[head.counts[classes] == 0])
+        else:
+            self._write(head, features, labels, classes)
+        head.counts += torch.bincount(labels, minlength=head.n_classes)
+        head.occurrences[classes] += 1
+        self._fold(head, features, labels)
+
+    def _fold(self, head: Any, features: Tensor, labels: Tensor) -> None:
+        """Rows for prediction, where they are other than the head's own."""
+        means = head.means if len(head.means) else head.rows[None]
+        if self.whitening is not None:
+            covariance = functional.within_class_covariance(features, labels)
+            if self.running:
+                covariance = head.take_covariance(covariance, len(labels))
+            trained = self.train_rows and self.recurring == "trained" and bool((head.occurrences > 1).any())
+            if not trained:
+                rows = functional.whitened_rows(means.flatten(0, 1), covariance, self.whitening)
+                head.fold(rows.view_as(means))
+        elif len(head.means):
+            head.fold(F.normalize(means, dim=-1))
+
+    @staticmethod
+    def _absent(head: Any, labels: Tensor) -> Tensor:
+        absent: Tensor = head.counts > 0
+        absent[labels] = False
+        return absent
+
+    def _move(self, head: Any, labels: Tensor, before: Tensor, after: Tensor) -> None:
+        gain = float(functional.transport_gain(before, after, self.ridge))
+        self.gains.append(gain)
+        if gain <= 0:
+            return
+        absent = self._absent(head, labels).nonzero().squeeze(1)
+        transport = functional.ridge_transport(before, after, self.ridge)
+        head.write(absent, functional.transport_rows(head.rows[absent], transport))
+        if len(head.means):
+            head.means[:, absent] = functional.transport_rows(head.means[:, absent], transport)
+
+    def _write(self, head: Any, features: Tensor, labels: Tensor, classes: Tensor) -> None:
+        """Rows of `classes`: means of all samples so far, those of the past standing in as rows · n."""
+        if not len(classes):
+            return
+        means, n = functional.class_means(features, labels, classes)
+        past = head.counts[classes][:, None]
+        combined = (past * head.rows[classes] + n[:, None] * means) / (past + n[:, None])
+        # Rows that never train keep their length, so that they stay the exact means of all samples, however split.
+        head.write(classes, F.normalize(combined, dim=-1) if self.train_rows else combined)
