@@ -14,5 +14,5 @@ def main() -> None:
     """Continual learning of pretrained vision transformers: FM-LoRA and its rivals in a fair comparison."""
 
 
-for _command in (run.run, compare.compare, results.table, results.plot, methods.list_):
+for _command in (run.run, compare.compare, results.table, results.plot, results.report, methods.list_):
     main.add_command(_command)

@@ -1,4 +1,4 @@
-"""`fmlora table`, `plot`: what the records say."""
+"""`fmlora table`, `plot`, `report`: what the records say."""
 
 from __future__ import annotations
 
@@ -82,6 +82,24 @@ def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: 
             raise ValueError(f"Expected --to to end in .{ending} but got {to}: leave --format out, or name a folder.")
         for name, figure in drawn.items():
             click.echo(save(figure, to if file and to else (to or folder) / f"{name}.{ending or 'png'}"))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.option("--to", type=click.Path(path_type=Path), help="File [default: FOLDER/report.html].")
+@click.option("--title", help="Of the page [default: the folder's name].")
+@click.option("--paired", "reference", help="Paired differences from this method [default: fm_lora, else the best].")
+def report(folder: Path, to: Path | None, title: str | None, reference: str | None) -> None:
+    """Write one HTML page of the records in FOLDER (default: runs): tables, figures, configurations, failures.
+
+    The page needs no other file and no network, and prints.
+    """
+    with user_errors():
+        from avalanche_fmlora.results.record import write_atomically
+        from avalanche_fmlora.results.report import report_page
+
+        page = report_page(read_folder(folder), title or folder.resolve().name, reference)
+        click.echo(write_atomically(to or folder / "report.html", page))
 
 
 def _only(records: list[Record], methods: str | None) -> list[Record]:

@@ -114,6 +114,14 @@ def apart_of(group: Sequence[Run]) -> str | None:
     return next((run.apart for run in group if run.apart), None)
 
 
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> Row:
+    """Nested mappings as one with dotted keys: ``{"training.epochs": 5}``."""
+    row: Row = {}
+    for key, value in mapping.items():
+        row |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return row
+
+
 def natural(text: str) -> list[tuple[int, float, str]]:
     """Sorts ``rank=4`` before ``rank=16``."""
     parts = re.split(r"(\d+)", text)
@@ -128,7 +136,7 @@ def _family(record: Record) -> tuple[str, str, str | None]:
 
 def _options(record: Record, facts: Row) -> Row:
     """Method options, flat, and the training configuration where the protocol leaves it free."""
-    own = _flat(record["config"]["method_options"])
+    own = flat(record["config"]["method_options"])
     settings = _settings(record)
     return own | {key: value for key, value in settings.items() if _is_training(key) and facts.get(key) != value}
 
@@ -182,7 +190,7 @@ def _protocols(records: Sequence[Record], facts: Sequence[Row]) -> list[tuple[st
 def _settings(record: Record) -> Row:
     """What the configuration says of the protocol, flat: ``{"training.epochs": 5, ...}``."""
     own = ("method", "method_options", "seed", "class_order_seed", "label")
-    return _flat({key: value for key, value in record["config"].items() if key not in own})
+    return flat({key: value for key, value in record["config"].items() if key not in own})
 
 
 def _found(record: Record) -> Row:
@@ -190,7 +198,7 @@ def _found(record: Record) -> Row:
     benchmark: Mapping[str, object] = record["benchmark"]
     data = {key: benchmark[key] for key in ("kind", "image_size", "split_hash", "mean", "std")}
     data["n_experiences"] = len(record["benchmark"]["experience_names"])
-    return _flat({"data": data, "weights": record["backbone"]})
+    return flat({"data": data, "weights": record["backbone"]})
 
 
 def _is_training(key: str) -> bool:
@@ -199,13 +207,6 @@ def _is_training(key: str) -> bool:
 
 def _without_training(row: Row) -> Row:
     return {key: value for key, value in row.items() if not _is_training(key)}
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Row:
-    flat: Row = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _canonical(value: Any) -> str:
