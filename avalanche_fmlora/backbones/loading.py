@@ -162,11 +162,10 @@ def _from_hub(name: str, config: BackboneConfig) -> Any:
             raise ValueError(
                 f"The weights of {name} don't fit model_args={config.model_args}: {first_line(error)}"
             ) from error
-        architecture = name.partition(".")[0]
         raise FileNotFoundError(
-            f"The weights of {name} can't be fetched ({type(error).__name__}: {first_line(error)}). Without a "
-            f"network, fetch them elsewhere and give the file: BackboneConfig(name={architecture!r}, "
-            f"weights='/path/to/{name}.safetensors')."
+            f"The weights of {name} can't be fetched ({type(error).__name__}: {first_line(error)}). Without a network, "
+            f"fetch model.safetensors of huggingface.co/timm/{name} elsewhere and give the file: --backbone {name} "
+            f"--weights /path/to/model.safetensors, or BackboneConfig(name={name!r}, weights=...)."
         ) from error
 
 
