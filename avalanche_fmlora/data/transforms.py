@@ -39,8 +39,8 @@ class Finish:
         return v2.functional.normalize(scaled, list(self.mean), list(self.std))
 
 
-# Set while a loader that finishes whole batches asks for an item: such items stay uint8.
-left_to_device: ContextVar[Finish | None] = ContextVar("left_to_device", default=None)
+# Asked by each transform that ends with a Finish whether to leave it out: what a loader sets while it reads an item.
+leaves_finish: ContextVar[Callable[[Finish], bool | None]] = ContextVar("leaves_finish", default=lambda finish: False)
 
 
 class ImageTransform:
@@ -60,7 +60,7 @@ class ImageTransform:
         for step in self.geometry:
             image = step(image)
         image = image.contiguous()  # a batch's memory format, and so the network's rounding, follows its items'
-        return image if left_to_device.get() == self.finish else self.finish(image)
+        return image if leaves_finish.get()(self.finish) else self.finish(image)
 
     def __repr__(self) -> str:
         return f"ImageTransform({list(self.geometry)}, {self.finish})"

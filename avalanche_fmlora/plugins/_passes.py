@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 
 def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -21,8 +21,7 @@ def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[T
     if limit is not None and len(dataset) > limit:
         index = torch.linspace(0, len(dataset) - 1, limit).long().tolist()
         dataset = Subset(dataset, index)
-    for batch in DataLoader(dataset, batch_size=strategy.eval_mb_size, shuffle=False):
-        yield batch[0].to(strategy.device), batch[1].to(strategy.device)
+    yield from strategy.batches(dataset)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
-from avalanche.training.templates import SupervisedTemplate
 from avalanche.training.templates.base import BaseTemplate
 from avalanche.training.utils import _at_task_boundary
 from timm.models.vision_transformer import VisionTransformer
@@ -25,6 +24,7 @@ from avalanche_fmlora.modules.vit import check_vit, feature_dim
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
+from avalanche_fmlora.strategies.loading import DataLoading
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
@@ -32,7 +32,7 @@ from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ContinualStrategy(SupervisedTemplate):
+class ContinualStrategy(DataLoading):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
