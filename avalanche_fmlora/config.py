@@ -27,6 +27,8 @@ class TrainingConfig(StrictModel):
     """Training images a step."""
     eval_batch_size: int = Field(128, ge=1)
     """Images a step of evaluation."""
+    num_workers: int = Field(0, ge=0)
+    """Processes that read images beside the training. Batches do not depend on it, so it does not name a run."""
 
 
 class RunConfig(StrictModel):
@@ -70,6 +72,7 @@ class RunConfig(StrictModel):
     def identity(self) -> dict[str, Any]:
         """What a record keeps of this configuration, and is named by: all defaults filled in, paths without folders."""
         plain: dict[str, Any] = self.model_dump(mode="json")
+        del plain["training"]["num_workers"]
         plain["method_options"] = self.resolved_method().model_dump(mode="json")
         plain["benchmark"] = self.benchmark.identity()
         if plain["backbone"]["weights"] is not None:

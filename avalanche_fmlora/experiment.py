@@ -85,7 +85,7 @@ def run(
         strategy.plugins.append(ProgressPlugin())
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
     with _peak_memory(device) as peak, _forward_passes(strategy.model.vit) as passes:
-        loop = _Loop(strategy, benchmark, passes)
+        loop = _Loop(strategy, benchmark, passes, config.training.num_workers)
         checkpoints = None
         if checkpoint_dir is not None:
             checkpoints = RunCheckpoints(
@@ -142,8 +142,9 @@ def _make_strategy(config: RunConfig, backbone: Backbone, device: str, n_experie
 class _Loop:
     """Trains over the stream, evaluates on what has been seen, collects the rows of the record."""
 
-    def __init__(self, strategy: ContinualStrategy, benchmark: Any, passes: list[int]) -> None:
+    def __init__(self, strategy: ContinualStrategy, benchmark: Any, passes: list[int], num_workers: int) -> None:
         self.strategy = strategy
+        self.num_workers = num_workers
         self.benchmark = benchmark
         self.passes = passes
         self.matrix: list[list[float | None]] = []
@@ -180,7 +181,7 @@ class _Loop:
 
     def _train(self, experiences: Any, images: int) -> float:
         start, before = time.perf_counter(), self.passes[0]
-        self.strategy.train(experiences)
+        self.strategy.train(experiences, num_workers=self.num_workers)
         self.trained_images += images * max(1, self.strategy.train_epochs)
         self.train_passes += self.passes[0] - before
         return time.perf_counter() - start
@@ -188,7 +189,7 @@ class _Loop:
     def _evaluate(self, t: int, train_s: float, seen: range) -> None:
         start, before = time.perf_counter(), self.passes[0]
         stream = [self.benchmark.test_stream[i] for i in seen]
-        results = self.strategy.eval(stream)
+        results = self.strategy.eval(stream, num_workers=self.num_workers)
         row: list[float | None] = [None] * len(self.benchmark.test_stream)
         for name, value in results.items():
             found = re.fullmatch(r"Top1_Acc_Exp/eval_phase/test_stream(?:/Task\d+)?/Exp(\d+)", name)
@@ -230,6 +231,7 @@ class _Loop:
             "train_s": train_s,
             "eval_s": sum(e["eval_s"] for e in self.experiences),
             "train_images_per_s": self.trained_images / train_s,
+            "data_wait_share": self.strategy.data_wait_s / train_s,
             "test_forward_passes": self.test_passes / self.tested_images,
             "train_forward_passes": self.train_passes / self.trained_images,
         }

@@ -49,7 +49,7 @@ class StoredImages:
     def __init__(self, folder: Path, key: str, rows: np.ndarray | None = None) -> None:
         self._folder, self._key = folder, key
         self.path = folder / f"{key}.images"
-        with np.load(folder / f"{key}.npz", allow_pickle=False) as index:
+        with open(folder / f"{key}.npz", "rb") as file, np.load(file, allow_pickle=False) as index:
             said, shapes, self._digests = str(index["format"]), index["shapes"].astype(np.int64), index["digests"]
             size = int(index["n_bytes"])
         if said != f"{_FORMAT} {key}" or self._digests.shape != (len(shapes), _DIGEST_BYTES):
