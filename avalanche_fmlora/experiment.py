@@ -222,6 +222,7 @@ class _Loop:
             "head_parameters": model.head.stored_parameters(),
             "train_s": train_s,
             "eval_s": eval_s,
+            "data_wait_s": self.strategy.data_wait_s - sum(e["data_wait_s"] for e in self.experiences),
         }
 
     def cost(self) -> dict[str, float]:
@@ -231,7 +232,7 @@ class _Loop:
             "train_s": train_s,
             "eval_s": sum(e["eval_s"] for e in self.experiences),
             "train_images_per_s": self.trained_images / train_s,
-            "data_wait_share": self.strategy.data_wait_s / train_s,
+            "data_wait_share": sum(e["data_wait_s"] for e in self.experiences) / train_s,
             "test_forward_passes": self.test_passes / self.tested_images,
             "train_forward_passes": self.train_passes / self.trained_images,
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from avalanche_fmlora.data.transforms import Finish, leaves_finish
@@ -50,6 +51,10 @@ class LoaderItems(Dataset[Any]):
                 return self.dataset[index]
         finally:
             leaves_finish.reset(token)
+
+    def finished(self, images: Tensor) -> Tensor:
+        """A batch of this loader as the network takes it, wherever it lies."""
+        return images if self.finish is None or images.dtype != torch.uint8 else self.finish(images)
 
     def _leaves(self, finish: Finish) -> bool:
         return finish == self.finish
