@@ -151,10 +151,11 @@ class _Loop:
         self.experiences: list[dict[str, Any]] = []
         self.trained_images = self.tested_images = 0
         self.train_passes = self.test_passes = 0
+        self.data_wait_s = 0.0
 
     def state(self) -> dict[str, Any]:
         """Rows and sums so far."""
-        return {k: v for k, v in vars(self).items() if k not in ("strategy", "benchmark", "passes")}
+        return {k: v for k, v in vars(self).items() if k not in ("strategy", "benchmark", "passes", "num_workers")}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from rows and sums."""
@@ -180,8 +181,9 @@ class _Loop:
         yield count - 1
 
     def _train(self, experiences: Any, images: int) -> float:
-        start, before = time.perf_counter(), self.passes[0]
+        start, before, waited = time.perf_counter(), self.passes[0], self.strategy.data_wait_s
         self.strategy.train(experiences, num_workers=self.num_workers)
+        self.data_wait_s = self.strategy.data_wait_s - waited
         self.trained_images += images * max(1, self.strategy.train_epochs)
         self.train_passes += self.passes[0] - before
         return time.perf_counter() - start
@@ -222,7 +224,7 @@ class _Loop:
             "head_parameters": model.head.stored_parameters(),
             "train_s": train_s,
             "eval_s": eval_s,
-            "data_wait_s": self.strategy.data_wait_s - sum(e["data_wait_s"] for e in self.experiences),
+            "data_wait_s": self.data_wait_s,
         }
 
     def cost(self) -> dict[str, float]:

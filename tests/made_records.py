@@ -58,6 +58,7 @@ def make(
             "head_parameters": 20 * (t + 1),
             "train_s": 1.0,
             "eval_s": 0.5,
+            "data_wait_s": 0.25,
         }
         for t in range(2)
     ][joint:]

@@ -72,6 +72,9 @@ def test_run_writes_a_record_and_is_not_run_twice(photos: Path, tmp_path: Path) 
     assert matrix[0][1] is None
     assert record["metrics"]["final_average_accuracy"] == pytest.approx(sum(matrix[1]) / 2)
     assert record["cost"]["test_forward_passes"] == 1.0
+    waits = [e["data_wait_s"] / e["train_s"] for e in record["experiences"]]
+    assert all(0 < wait < 1 for wait in waits)
+    assert min(waits) <= record["cost"]["data_wait_share"] <= max(waits)
     stored = [e["stored_parameters"] for e in record["experiences"]]
     assert stored[0] == stored[1] > 0
     assert record["experiences"][1]["complexity"] is not None
@@ -79,7 +82,7 @@ def test_run_writes_a_record_and_is_not_run_twice(photos: Path, tmp_path: Path) 
     assert len(record["backbone"]["sha256"]) == 64
     assert "fm_lora" in first.stdout
 
-    again = fmlora(*command, cwd=tmp_path)
+    again = fmlora(*command, "--training.num-workers", "1", cwd=tmp_path)
     assert "finished already" in again.stderr
     assert json.loads(path.read_text()) == record
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from avalanche_fmlora.config import read_all
+from avalanche_fmlora.grid import expand
 from avalanche_fmlora.results.record import read_records
 from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
 
@@ -40,6 +42,30 @@ def test_records_name_data_and_weights_but_no_folder(folder: Path) -> None:
         assert "/" not in (config["backbone"]["weights"] or "")
         assert record["backbone"]["sha256"] is not None
         assert record["benchmark"]["split_hash"] is not None
+
+
+def test_records_from_before_a_key_existed_are_read_as_unknown() -> None:
+    record = read_records(ROOT / "benchmarks" / "results" / "caltech100" / "records")[0]
+    assert record["cost"]["data_wait_share"] is None
+    assert {e["data_wait_s"] for e in record["experiences"]} == {None}
+
+
+@pytest.mark.parametrize("name", ["caltech100", "emoji20"])
+def test_a_configuration_still_names_the_data_and_training_of_its_records(name: str) -> None:
+    """Whatever fields are added, those of a run that has been made stay, or it would be made again."""
+    folder = ROOT / "benchmarks" / "configs"
+    configs = expand(read_all([folder / f"{name}.yaml", folder / "unified.yaml"]))
+    assert {c.benchmark.augment for c in configs} == {"none"}
+    for record in read_records(ROOT / "benchmarks" / "results" / name / "records"):
+        (config,) = (
+            c
+            for c in configs
+            if (c.method, c.class_order_seed) == (record["config"]["method"], record["seeds"]["class_order_seed"])
+        )
+        again = config.identity()
+        for part in ("benchmark", "backbone", "training"):
+            assert again[part] == record["config"][part]
+        assert "num_workers" not in again["training"]
 
 
 def test_the_packaged_weights_are_those_of_the_log() -> None:

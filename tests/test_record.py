@@ -81,6 +81,7 @@ def finished(cfg: dict[str, Any] | None = None) -> Record:
             "head_parameters": 20,
             "train_s": 1.5,
             "eval_s": 0.5,
+            "data_wait_s": 0.25,
         }
         for t in range(2)
     ]

@@ -70,7 +70,8 @@ class Metrics(TypedDict):
 class Experience(TypedDict):
     """One experience: what was chosen and what it cost; parameters as counted after it, seconds on it.
 
-    ``stored_statistics`` are numbers kept of past data for training only; None in records from before it was counted.
+    ``stored_statistics`` are numbers kept of past data for training only, ``data_wait_s`` the part of ``train_s`` spent
+    waiting for batches; None in records from before they were counted.
     """
 
     experience: int
@@ -85,15 +86,21 @@ class Experience(TypedDict):
     head_parameters: int
     train_s: float
     eval_s: float
+    data_wait_s: float | None
 
 
 class Cost(TypedDict):
-    """Cost of the whole run; forward passes and multiply-accumulates (in units of 1e9) are for one image."""
+    """Cost of the whole run; forward passes and multiply-accumulates (in units of 1e9) are for one image.
+
+    ``data_wait_share`` is the fraction of ``train_s`` spent waiting for batches; on a GPU, whose work goes on
+    meanwhile, an upper bound of its idling. None in records from before it was measured.
+    """
 
     train_s: float | None
     eval_s: float | None
     peak_memory_bytes: int | None
     train_images_per_s: float | None
+    data_wait_share: float | None
     test_forward_passes: float | None
     train_forward_passes: float | None
     gmacs_per_image: float | None
@@ -217,6 +224,10 @@ def complete(record: dict[str, Any]) -> dict[str, Any]:
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict):
             row.setdefault("stored_statistics", None)
+            row.setdefault("data_wait_s", None)
+    cost = record.get("cost")
+    if isinstance(cost, dict):
+        cost.setdefault("data_wait_share", None)
     return record
 
 
