@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from avalanche_fmlora.data import download
+from avalanche_fmlora import split_imagenet_r
+from avalanche_fmlora.data import download, imagenet_r
 from avalanche_fmlora.data.download import RemoteFile, fetch
 
 BODY = bytes(range(256)) * 5000
@@ -266,6 +270,27 @@ def test_a_disk_that_fills_up_meanwhile(server: Server, tmp_path: Path) -> None:
     (tmp_path / "pack.bin.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"is full: 1,280,000 more bytes"):
         get(server, tmp_path)
+
+
+def test_a_data_set_from_the_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in (f"imagenet-r/n1000000{label}/art_{i}.png" for label in range(2) for i in range(5)):
+            image = io.BytesIO()
+            Image.new("RGB", (20, 30)).save(image, "PNG")
+            member = tarfile.TarInfo(name)
+            member.size = len(image.getvalue())
+            archive.addfile(member, io.BytesIO(image.getvalue()))
+    server.body, server.cuts = buffer.getvalue(), [5000]
+    checksum = "sha256:" + hashlib.sha256(server.body).hexdigest()
+    monkeypatch.setattr(imagenet_r, "ARCHIVE", RemoteFile(server.url(), "imagenet-r.tar", checksum, len(server.body)))
+    options: dict[str, Any] = {"image_size": 8, "n_experiences": 2, "subset": True, "cache_dir": tmp_path / "cache"}
+    benchmark = split_imagenet_r(tmp_path / "data", download=True, **options)
+    assert (benchmark.info.n_train, benchmark.info.n_test) == ((4, 4), (1, 1))
+    assert asked(server) == [None, "bytes=5000-"]
+    again = split_imagenet_r(tmp_path / "data", **options)
+    assert again.info.split_hash == benchmark.info.split_hash
+    assert len(server.requests) == 2
 
 
 def test_two_at_once_share_one_download(server: Server, tmp_path: Path) -> None:

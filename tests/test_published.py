@@ -188,13 +188,17 @@ def test_a_torn_archive_and_half_a_download(
         build(builder, tmp_path)
 
 
-def test_a_tar_cut_between_two_members_is_torn(originals: Path, tmp_path: Path, build: Any) -> None:
+def test_a_tar_cut_at_or_in_a_header_is_not_taken_for_whole(originals: Path, tmp_path: Path, build: Any) -> None:
     path = tar(originals / "imagenet-r", tmp_path / "imagenet-r.tar")
     with tarfile.open(path) as archive:
-        cut = archive.getmembers()[10].offset
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match="its end is missing"):
+        cut = archive.getmembers()[20].offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[: cut + 100])
+    with pytest.raises(ValueError, match=r"what follows byte [\d,]+ is no member"):
         build(split_imagenet_r, path)
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"to have 30,000 images of 200 classes but '.*' has \d+ of [23]"):
+        build(split_imagenet_r, path, subset=False)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,18 @@ def test_runs() -> None:
     assert failed["protocol_id"] == good["protocol_id"], "a run that failed early belongs where its settings belong"
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "name"),
+    [
+        ({"name": "image_folder", "path": "pets.zip"}, "pets"),
+        ({"name": "domainnet", "path": None, "subset": False}, "domainnet"),
+        ({"name": "domainnet", "path": "mini", "subset": True}, "domainnet (subset)"),
+    ],
+)
+def test_the_name_of_the_data(benchmark: dict[str, Any], name: str) -> None:
+    assert runs_frame([make(benchmark=benchmark)])["benchmark"].tolist() == [name]
+
+
 def test_matrix_is_long_and_known() -> None:
     frame = matrix_frame([make(0.5), make(0.5, method="joint", joint=True), make(order=1, error="x")])
     got = frame[["method", "trained_on", "evaluated_on", "accuracy"]].to_numpy().tolist()

@@ -121,8 +121,9 @@ def _members(path: Path, file: BinaryIO) -> tuple[tuple[Entry, ...], frozenset[s
     except (tarfile.TarError, EOFError) as error:
         raise _torn(path, error) from error
     file.seek(end)
-    if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
-        raise _torn(path, "its end is missing")
+    rest = file.read(_BLOCK_BYTES)
+    if rest.strip(b"\0"):  # tarfile stops without a word at a header that is torn
+        raise _torn(path, f"what follows byte {end:,} is no member")
     return tuple(sorted(entries.values(), key=lambda e: e.parts)), frozenset(folders), places
 
 

@@ -56,10 +56,12 @@ class Run(NamedTuple):
 
 
 def benchmark_name(record: Record) -> str:
-    """What to call the data in a table: the name of the user's folder or archive, where there is one."""
+    """What to call the data in a table: the user's own images by their folder, a part of a data set as such."""
     benchmark = record["config"]["benchmark"]
-    path = benchmark.get("path")
-    return PurePath(path).stem if path else str(benchmark["name"])
+    name = str(benchmark["name"])
+    if name == "image_folder" and benchmark.get("path"):
+        return PurePath(benchmark["path"]).stem
+    return f"{name} (subset)" if benchmark.get("subset") else name
 
 
 def runs_of(records: Iterable[Record]) -> list[Run]:
