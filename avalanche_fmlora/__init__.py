@@ -35,6 +35,7 @@ _WHERE = {
     "glyph_vit": "data.glyph_vit",
     "load_backbone": "backbones",
     "compare": "comparison",
+    "WeightsAndBiasesLogger": "loggers",
 }
 __all__ = [*_WHERE, "__version__"]
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs
     from avalanche_fmlora.data.image_folder import image_folder as image_folder
     from avalanche_fmlora.data.imagenet_r import split_imagenet_r as split_imagenet_r
+    from avalanche_fmlora.loggers import WeightsAndBiasesLogger as WeightsAndBiasesLogger
     from avalanche_fmlora.plugins.checkpoint import CheckpointPlugin as CheckpointPlugin
     from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin
     from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
