@@ -156,16 +156,26 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
     options[keys[-1]] = value
 
 
-def check_data(config: RunConfig, data_root: Path | None) -> None:
-    """See that the files of a run are there, before any run of a sweep starts; fetch what is to be downloaded.
+def located(config: RunConfig, data_root: Path | None) -> RunConfig:
+    """The same run with full paths, for a process with another working directory; its identity stays.
+
+    Data that are to be downloaded are fetched here, before any run of a sweep starts.
 
     Raises:
-        FileNotFoundError: that names each place looked at.
+        FileNotFoundError: if a file is not there; it names each place looked at.
         ConnectionError, ValueError, OSError: if a download fails.
     """
-    config.benchmark.located(lambda path: find_data(path, data_root))
-    if config.backbone.weights is not None:
-        find_data(config.backbone.weights, data_root)
+
+    def find(path: Path) -> Path:
+        return find_data(path, data_root).absolute()
+
+    config.benchmark.located(find)
+    found: dict[str, Any] = {}
+    for part, keys in (("benchmark", ("path", "split_file")), ("backbone", ("weights",))):
+        section = getattr(config, part)
+        paths = {key: find(path) for key in keys if (path := getattr(section, key)) is not None}
+        found[part] = section.model_copy(update=paths)
+    return config.model_copy(update=found)
 
 
 def find_data(path: Path, data_root: Path | None) -> Path:

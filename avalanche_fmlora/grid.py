@@ -1,44 +1,72 @@
-"""The grid of a comparison: methods × class orders × seeds, all else shared."""
+"""The grid of a comparison: benchmarks × class orders × seeds × points of a grid × methods, all else shared."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from avalanche_fmlora.config import RunConfig, make_run, set_option
+from avalanche_fmlora.config import RunConfig, make_run, merged, read_yaml, set_option
+from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.registry import method as method_class
 from avalanche_fmlora.strategies.registry import methods as all_methods
 
-_AXES = ("methods", "class_order_seeds", "seeds")
+_AXES = ("benchmarks", "methods", "class_order_seeds", "seeds", "grid")
+_OWN_AXIS = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds", "label": "methods"}
 
 
 def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[RunConfig]:
-    """Every run of a comparison.
+    """Every run of a comparison, each once.
 
     Args:
-        options: fields of a run that all share, and `methods` (names, or mappings with `method` and its options; left
-            out, the `method` of the fields, or all), `class_order_seeds` and `seeds` (lists; [0] if left out).
-        flags: further (field, value) pairs. ``fm_lora.rank`` is for one method; a bare option of methods, as
-            ``precision``, is for each that has it.
+        options: fields of a run that all share, and the axes, each of which may be left out:
+            `benchmarks`: a list of names, of fields of `benchmark`, of options with a `benchmark` among them, or of
+            YAML files with such options; they go before the shared ones, axes too.
+            `methods`: names, or mappings with `method` and its options; left out, the `method` of the fields, or all.
+            `class_order_seeds`, `seeds`: lists; [0] if left out.
+            `grid`: field -> list of values, every combination of which is run; fields as in `flags`.
+        flags: further (field, value) pairs that go before all, axes too. ``fm_lora.rank`` is for one method; a bare
+            option of methods, as ``precision``, is for each that has it.
 
     Raises:
-        ValueError: for an unknown field, or an option that no method has.
+        ValueError: for an unknown field, an option that no method has, or an axis that is no list of values.
+        FileNotFoundError: for a YAML file that is not there.
     """
-    shared = {k: copy.deepcopy(v) for k, v in options.items() if k not in _AXES}
-    entries = [_entry(e) for e in _list(options, "methods", _usual_methods(options))]
-    for entry in entries:
-        method_class(entry["method"])
-    for name, value in flags:
-        _apply(name, value, shared, entries)
+    axes = {name: value for name, value in flags if name in _AXES}
+    fields = [(name, value) for name, value in flags if name not in _AXES]
+    shared = {**options, **axes}
+    unique: dict[str, RunConfig] = {}
+    for benchmark in _list(shared, "benchmarks", [{}]):
+        merged_options = merged({k: v for k, v in shared.items() if k != "benchmarks"}, _benchmark(benchmark))
+        for config in _of_one_benchmark({**merged_options, **axes}, fields):
+            unique.setdefault(run_id(config.identity()), config)
+    return list(unique.values())
+
+
+def _of_one_benchmark(options: dict[str, Any], fields: list[tuple[str, Any]]) -> Iterator[RunConfig]:
     orders, seeds = _list(options, "class_order_seeds", [0]), _list(options, "seeds", [0])
-    return [
-        make_run({**shared, **_joined(shared, entry), "class_order_seed": order, "seed": seed})
-        for order in orders
-        for seed in seeds
-        for entry in entries
-    ]
+    points = list(_points(options.get("grid", {})))
+    for order, seed, point in itertools.product(orders, seeds, points):
+        shared = {k: copy.deepcopy(v) for k, v in options.items() if k not in _AXES}
+        entries = [_entry(e) for e in _list(options, "methods", _usual_methods(options))]
+        for entry in entries:
+            method_class(entry["method"])
+        for name, value in [*fields, *point]:
+            _apply(name, value, shared, entries)
+        for entry in entries:
+            yield make_run({**shared, **_joined(shared, entry), "class_order_seed": order, "seed": seed})
+
+
+def _points(grid: Any) -> Iterator[tuple[tuple[str, Any], ...]]:
+    if not isinstance(grid, dict):
+        raise ValueError(f"Expected `grid` to be a mapping of fields to lists of values but got {grid!r}.")
+    for name in grid:
+        if name in _OWN_AXIS:
+            raise ValueError(f"`{name}` is no field of `grid`: write `{_OWN_AXIS[name]}` beside it.")
+    return itertools.product(*([(name, value) for value in _list(grid, name, [])] for name in grid))
 
 
 def _usual_methods(options: dict[str, Any]) -> list[str]:
@@ -50,6 +78,17 @@ def _list(options: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"Expected `{name}` to be a list with at least one entry but got {value!r}.")
     return value
+
+
+def _benchmark(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return read_yaml(Path(entry)) if entry.endswith((".yaml", ".yml")) else {"benchmark": {"name": entry}}
+    if isinstance(entry, dict):
+        return entry if not entry or "benchmark" in entry else {"benchmark": entry}
+    raise ValueError(
+        "Expected each of `benchmarks` to be a name, a YAML file, or a mapping of the fields of `benchmark`, "
+        f"but got {entry!r}."
+    )
 
 
 def _entry(entry: Any) -> dict[str, Any]:

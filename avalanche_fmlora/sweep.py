@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import multiprocessing
-import os
-import signal
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from avalanche_fmlora.backbones import release_backbones
-from avalanche_fmlora.config import RunConfig, check_data
-from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
+from avalanche_fmlora.config import RunConfig, located
+from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
+from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, run_id, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -25,63 +22,59 @@ def sweep(
     configs: Sequence[RunConfig],
     folder: Path,
     *,
-    jobs: int = 1,
+    executor: Executor | str = "local",
+    jobs: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     data_root: Path | None = None,
+    retry_failed: bool = False,
     report: Report | None = None,
 ) -> list[Record]:
-    """Run what `folder` has no finished record of.
+    """Run what `folder` has no record of.
 
     Args:
         configs: the runs; the same one twice counts once.
         folder: of the records; interrupted, it holds all finished runs, and the same call goes on from there.
-        jobs: runs at once, each in a process of its own if more than one.
+        executor: ``local``, ``processes``, ``ray`` or ``slurm``, or an executor of your own.
+        jobs: runs at once, where the executor is given by name.
         device: where to compute.
-        threads: CPU threads a run; None shares the cores out.
+        threads: CPU threads a run, where the executor is given by name; None shares the cores out.
         data_root: folder of relative data paths.
+        retry_failed: run those again whose record says that they failed; else they are returned as they are.
         report: called with (how many done, of how many, record) after each.
 
     Returns:
-        One record a configuration, in order; those that broke down have status ``failed``.
+        One record a configuration, in order; those that broke down, or whose workers died, have status ``failed``.
 
     Raises:
         FileNotFoundError: if the data or weights of a run are not there.
+        ValueError: if the executor can't do what is asked of it, or a record in the folder is torn or edited.
     """
-    from avalanche_fmlora.experiment import available_threads
+    if isinstance(executor, str):
+        executor = make_executor(executor, Resources(jobs=jobs, threads=threads), folder)
+    folder = folder.absolute()
+    unique = {run_id(c.identity()): c for c in configs}
+    done = {key: r for key, c in unique.items() if (r := find_record(folder, c.identity(), failed=not retry_failed))}
+    todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}
+    share = executor.threads(len(todo))
 
-    for config in configs:
-        check_data(config, data_root)
-    unique = {blank_record(c.identity())["id"]: c for c in configs}
-    done: dict[str, Record] = {}
-    for key, config in unique.items():
-        found = find_record(folder, config.identity())
-        if found is not None:
-            done[key] = found
-            if report is not None:
-                report(len(done), len(unique), found)
-    todo = {key: c for key, c in unique.items() if key not in done}
-    jobs = max(1, min(jobs, len(todo)))
-    share = threads or max(1, available_threads() // jobs)
-
-    def finish(key: str, record: Record) -> None:
-        done[key] = record
+    def finish(key: str, outcome: Record | RunLost) -> None:
+        done[key] = _kept(outcome, unique[key], folder, device, share)
         if report is not None:
-            report(len(done), len(unique), record)
+            report(len(done), len(unique), done[key])
 
-    if jobs == 1:
-        try:
-            for key, config in todo.items():
-                finish(key, run_and_write(config, folder, device, share, data_root))
-        finally:
-            release_backbones()
-    else:
-        _in_processes(todo, folder, jobs, device, share, data_root, finish)
+    if report is not None:
+        for count, record in enumerate(done.values(), 1):
+            report(count, len(unique), record)
+    try:
+        executor.run({k: functools.partial(run_and_write, c, folder, device, share) for k, c in todo.items()}, finish)
+    finally:
+        release_backbones()
     return [done[key] for key in unique]
 
 
 def run_and_write(
-    config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None, progress: bool = False
+    config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None = None, progress: bool = False
 ) -> Record:
     """Run once and write the record; a breakdown becomes a failed record with its error.
 
@@ -102,48 +95,25 @@ def run_and_write(
         )
     except Exception as error:
         logger.debug("%s", traceback.format_exc())
-        record = blank_record(config.identity())
-        record["environment"] = environment(device, threads)
-        record["error"] = f"{type(error).__name__}: {error}"
+        record = _failed(config, f"{type(error).__name__}: {error}", device, threads)
     write_record(record, folder)
     if record["status"] == "finished":
         checkpoints.clear()
     return record
 
 
-def _in_processes(
-    todo: dict[str, RunConfig],
-    folder: Path,
-    jobs: int,
-    device: str,
-    threads: int,
-    data_root: Path | None,
-    finish: Callable[[str, Record], None],
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker, initargs=(threads,))
-    try:
-        futures: dict[Future[Record], str] = {
-            pool.submit(run_and_write, config, folder, device, threads, data_root): key for key, config in todo.items()
-        }
-        for future in as_completed(futures):
-            finish(futures[future], future.result())
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+def _kept(outcome: Record | RunLost, config: RunConfig, folder: Path, device: str, threads: int) -> Record:
+    """The record in the folder: the worker wrote it, unless it died or sees another file system."""
+    finished = find_record(folder, config.identity())
+    if finished is not None:
+        return finished
+    record = _failed(config, f"interrupted: {outcome}", device, threads) if isinstance(outcome, RunLost) else outcome
+    write_record(record, folder)
+    return record
 
 
-def quiet_imports() -> None:
-    """Leave out what Avalanche's imports and an evaluator without loggers have to say: nothing a user could mend."""
-    warnings.filterwarnings("ignore", message="no QP solver found")
-    warnings.filterwarnings("ignore", message="No loggers specified")
-
-
-def _quiet_worker(threads: int) -> None:
-    """Ctrl-C is the parent's business; thread pools read the environment when they start."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    quiet_imports()
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def _failed(config: RunConfig, error: str, device: str, threads: int) -> Record:
+    record = blank_record(config.identity())
+    record["environment"] = environment(device, threads)
+    record["error"] = error
+    return record

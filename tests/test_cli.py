@@ -11,10 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from avalanche_fmlora.cli import main
 
@@ -22,20 +20,6 @@ SMALL = [
     "--benchmark", "image_folder", "--n-experiences", "2", "--backbone", "test_vit", "--backbone.pretrained", "false",
     "--image-size", "32", "--epochs", "1", "--batch-size", "8",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("ant", "bee", "cat", "dog")):
-        for split, count in (("train", 6), ("test", 3)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(60 * k + rng.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
 
 
 def fmlora(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import avalanche_fmlora
-from avalanche_fmlora.config import RunConfig, check_data, find_data, make_run
+from avalanche_fmlora.config import RunConfig, find_data, make_run
+from avalanche_fmlora.config import located as located_run
 from avalanche_fmlora.data import published
 from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.experiment import make_backbone, make_benchmark
@@ -92,7 +93,7 @@ def test_files_are_looked_for_before_a_run(tmp_path: Path, monkeypatch: pytest.M
         located(name="split_imagenet_r", path="here", split_file="list.txt")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match=r"Expected domainnet_cil at '.*downloads/domainnet'"):
-        check_data(make_run({"benchmark": {"name": "domainnet_cil"}}), None)
+        located_run(make_run({"benchmark": {"name": "domainnet_cil"}}), None)
     names: list[str] = []
 
     def fetch(remote: Any, folder: Path) -> None:

@@ -88,11 +88,30 @@ def read_value(text: str) -> Any:
         return text
 
 
+def read_list(text: str) -> list[Any]:
+    """``8,16`` as values; ``[[0, 1], [2]]`` where the values themselves are lists."""
+    value = read_value(text) if text.startswith("[") else None
+    return value if isinstance(value, list) else [read_value(part) for part in text.split(",")]
+
+
+def read_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """``name=text`` words of a flag that can be given several times.
+
+    Raises:
+        ValueError: for a word without ``=``.
+    """
+    pairs = dict(text.partition("=")[::2] for text in texts)
+    for name, text in pairs.items():
+        if not name or not text:
+            raise ValueError(f"Expected {flag} NAME=VALUE but got {name or '='}: write {name or 'NAME'}=VALUE.")
+    return {name.replace("-", "_"): text for name, text in pairs.items()}
+
+
 def prepare(level: int) -> None:
     """Plain messages on standard error; silence about what other packages' imports have to say."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("avalanche_fmlora").setLevel(level)
-    from avalanche_fmlora.sweep import quiet_imports
+    from avalanche_fmlora.executors import quiet_imports
 
     quiet_imports()
 

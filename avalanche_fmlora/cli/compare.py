@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,13 +18,18 @@ from avalanche_fmlora.cli.common import (
     one_line,
     prepare,
     read_flags,
+    read_list,
+    read_pairs,
     read_value,
     running_options,
     show,
     user_errors,
 )
+from avalanche_fmlora.executors import EXECUTORS
 
 if TYPE_CHECKING:
+    from avalanche_fmlora.config import RunConfig
+    from avalanche_fmlora.executors import Resources
     from avalanche_fmlora.results.record import Record
 
 
@@ -34,52 +39,86 @@ if TYPE_CHECKING:
     options_metavar="[OPTIONS] [--FIELD VALUE]...",
 )
 @click.option("--methods", help="Names with commas between; all if not given.")
+@click.option("--benchmarks", help="Names or YAML files with commas between.")
 @click.option("--class-orders", help="Seeds of the class or domain order, as 0,1,2 [default: 0].")
 @click.option("--seeds", help="Seeds of initial values and batches, as 0,1,2 [default: 0].")
-@click.option("--jobs", type=click.IntRange(1), help="Runs at once [default: one a core].")
+@click.option("--grid", multiple=True, metavar="FIELD=V,V,…", help="Values to try, as fm_lora.rank=8,16; repeatable.")
+@click.option("--retry-failed", is_flag=True, help="Run those again whose record says that they failed.")
+@click.option(
+    "--executor",
+    type=click.Choice(EXECUTORS),
+    help="Where to run: in this process, in processes, on Ray, on SLURM [default: processes if --jobs is above 1].",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs at once [default: one a core; one on a GPU].")
+@click.option("--cpus-per-run", type=click.IntRange(1), help="CPU cores that ray or slurm reserve a run [default: 1].")
+@click.option("--gpus-per-run", type=click.FloatRange(0), default=0.0, help="GPUs they reserve; with --device cuda.")
+@click.option("--slurm", multiple=True, metavar="NAME=VALUE", help="Option of submitit: timeout_min=240; repeatable.")
 @running_options
 @click.pass_context
 def compare(
     context: click.Context,
-    methods: str | None,
-    class_orders: str | None,
-    seeds: str | None,
-    jobs: int | None,
     config_files: tuple[Path, ...],
     out: Path,
     data_root: Path | None,
     device: str,
-    threads: int | None,
+    retry_failed: bool,
+    executor: str | None,
+    **flags: Any,
 ) -> None:
     """Run several methods on the same data and write records, runs.csv, matrix.csv, ranks.csv and summary.csv.
 
     Without arguments: all methods on the embedded characters. What is finished in --out is not run again, so the same
-    command goes on after an interruption.
+    command goes on after an interruption. A failed run stays failed, with its error, until --retry-failed.
     """
     with user_errors():
         prepare(logging.WARNING)
-        from avalanche_fmlora.config import read_all
-        from avalanche_fmlora.experiment import available_threads
-        from avalanche_fmlora.grid import expand
+        from avalanche_fmlora.executors import make_executor
         from avalanche_fmlora.sweep import sweep
 
-        options = read_all(config_files)
-        for name, text in (("methods", methods), ("class_order_seeds", class_orders), ("seeds", seeds)):
-            if text is not None:
-                options[name] = [read_value(part) for part in text.split(",")]
-        configs = expand(options, [(SHORT.get(name, name), value) for name, value in read_flags(context.args)])
+        configs = _configs(config_files, context.args, flags)
+        resources = _resources(flags, device)
+        name = executor or ("processes" if resources.jobs != 1 else "local")
+        chosen = make_executor(name, resources, out / "records")
         click.echo(f"{len(configs)} runs into {out}", err=True)
         with reporter(len(configs)) as report:
             records = sweep(
                 configs,
                 out / "records",
-                jobs=jobs or available_threads(),
+                executor=chosen,
                 device=device,
-                threads=threads,
                 data_root=data_root,
+                retry_failed=retry_failed,
                 report=report,
             )
         show(records, out)
+
+
+def _configs(files: tuple[Path, ...], arguments: Sequence[str], flags: dict[str, Any]) -> list[RunConfig]:
+    """The runs that files and flags ask for; flags go before files."""
+    from avalanche_fmlora.config import read_all
+    from avalanche_fmlora.grid import expand
+
+    options = read_all(files)
+    fields = [(SHORT.get(name, name), value) for name, value in read_flags(arguments)]
+    for flag, axis in (("benchmarks",) * 2, ("methods",) * 2, ("class_orders", "class_order_seeds"), ("seeds",) * 2):
+        if flags[flag] is not None:
+            fields.append((axis, read_list(flags[flag])))
+    grid = {name: read_list(text) for name, text in read_pairs("--grid", flags["grid"]).items()}
+    if isinstance(options.get("grid", {}), dict):
+        grid = {SHORT.get(name, name): values for name, values in {**options.pop("grid", {}), **grid}.items()}
+        options["grid"] = grid
+    return expand(options, fields)
+
+
+def _resources(flags: dict[str, Any], device: str) -> Resources:
+    """One run at once on a GPU, unless another number is asked for: how many fit in its memory is not known here."""
+    from avalanche_fmlora.executors import Resources
+
+    if flags["gpus_per_run"] and device == "cpu":
+        raise ValueError("--gpus-per-run reserves GPUs that --device cpu does not use: add --device cuda.")
+    slurm = {name: read_value(text) for name, text in read_pairs("--slurm", flags["slurm"]).items()}
+    jobs = flags["jobs"] or (None if device == "cpu" or flags["gpus_per_run"] else 1)
+    return Resources(jobs, flags["threads"], flags["cpus_per_run"], flags["gpus_per_run"], slurm)
 
 
 @contextmanager

@@ -30,11 +30,11 @@ def run(
     device: str,
     threads: int | None,
 ) -> None:
-    """Run METHOD once (default: fm_lora on the embedded characters) and write its record."""
+    """Run METHOD once (default: fm_lora on the embedded characters) and write its record; a failed run is run again."""
     with user_errors():
         prepare(logging.INFO)
-        from avalanche_fmlora.config import check_data, make_run, read_all, set_option
-        from avalanche_fmlora.experiment import available_threads
+        from avalanche_fmlora.config import located, make_run, read_all, set_option
+        from avalanche_fmlora.executors import available_cores
         from avalanche_fmlora.results.record import find_record
         from avalanche_fmlora.sweep import run_and_write
 
@@ -44,10 +44,12 @@ def run(
         for name, value in read_flags(words):
             set_option(options, SHORT.get(name, name), value)
         config = make_run(options)
-        check_data(config, data_root)
-        record = find_record(out / "records", config.identity())
-        if record is None:
-            record = run_and_write(config, out / "records", device, threads or available_threads(), data_root, True)
-        else:
+        record = find_record(out / "records", config.identity(), failed=True)
+        if record is not None and record["status"] == "finished":
             click.echo("This run is finished already; its record:", err=True)
+        else:
+            if record is not None:
+                click.echo(f"It failed before ({record['error']}) and is run again.", err=True)
+            config = located(config, data_root)
+            record = run_and_write(config, out / "records", device, threads or available_cores(), progress=True)
         show([record], out)

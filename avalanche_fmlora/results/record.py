@@ -162,8 +162,8 @@ def read_records(folder: str | Path) -> list[Record]:
     return sorted((record for _, record in records.values()), key=order_key)
 
 
-def find_record(folder: str | Path, config: Mapping[str, Any]) -> Record | None:
-    """The record of a finished run of `config` in `folder`, or None.
+def find_record(folder: str | Path, config: Mapping[str, Any], *, failed: bool = False) -> Record | None:
+    """The record of a finished run of `config` in `folder`, or None; with `failed`, that of a failed one too.
 
     Raises:
         ValueError: if the file is there but torn or edited.
@@ -171,7 +171,7 @@ def find_record(folder: str | Path, config: Mapping[str, Any]) -> Record | None:
     wanted = run_id(config)
     for path in sorted(Path(folder).glob(f"*-{wanted}.json")):
         record = read_record(path)
-        if record["status"] == "finished" and record["id"] == wanted:
+        if record["id"] == wanted and (failed or record["status"] == "finished"):
             return record
     return None
 

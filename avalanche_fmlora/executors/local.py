@@ -1,0 +1,127 @@
+"""Runs on this machine: one after the other in this process, or several at once in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from queue import SimpleQueue
+
+from avalanche_fmlora.executors.base import Finish, RunLost, Task, available_cores, in_worker
+from avalanche_fmlora.results.record import Record
+
+_ATTEMPTS = 2
+
+
+class InProcess:
+    """One run after the other, here."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+
+    def threads(self, count: int) -> int:
+        """All cores, unless fewer are asked for."""
+        return self._threads or available_cores()
+
+    def run(self, tasks: Mapping[str, Task], finish: Finish) -> None:
+        """See :class:`~avalanche_fmlora.executors.base.Executor`."""
+        for key, task in tasks.items():
+            finish(key, task())
+
+
+class Processes:
+    """`jobs` runs at once, each in a process of its own; one that is killed costs no other run anything."""
+
+    def __init__(self, jobs: int | None = None, threads: int | None = None) -> None:
+        self._jobs = jobs or available_cores()
+        self._threads = threads
+
+    def threads(self, count: int) -> int:
+        """The cores, shared out among the runs at once."""
+        return self._threads or max(1, available_cores() // min(self._jobs, max(1, count)))
+
+    def run(self, tasks: Mapping[str, Task], finish: Finish) -> None:
+        """See :class:`~avalanche_fmlora.executors.base.Executor`."""
+        if not tasks:
+            return
+        jobs = min(self._jobs, len(tasks))
+        workers = [_Worker(self.threads(len(tasks))) for _ in range(jobs)]
+        idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in workers:
+            idle.put(worker)
+
+        def call(task: Task) -> Record | RunLost:
+            worker = idle.get()
+            try:
+                return worker.call(task)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(jobs) as drivers:
+            futures = {drivers.submit(call, task): key for key, task in tasks.items()}
+            try:
+                for future in as_completed(futures):
+                    finish(futures[future], future.result())
+            except BaseException:
+                drivers.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.kill()
+                raise
+            for worker in workers:
+                worker.close()
+
+
+class _Worker:
+    """A pool of one process: when the process dies, it is clear which run it had, and no other run notices."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._killed = False
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(self._threads,))
+
+    def call(self, task: Task) -> Record | RunLost:
+        for _ in range(_ATTEMPTS):
+            future = self._pool.submit(in_worker, task)
+            processes = list((self._pool._processes or {}).values())
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                if self._killed:
+                    raise
+                for process in processes:
+                    process.join(1)
+                codes = [process.exitcode for process in processes]
+                self._pool = self._new_pool()
+        reason = f"exit code {codes[0]}" if codes else "no exit code"
+        return RunLost(f"the worker died {_ATTEMPTS} times ({reason}; -9 is often a lack of memory)")
+
+    def kill(self) -> None:
+        self._killed = True
+        for process in list((self._pool._processes or {}).values()):
+            process.terminate()
+        self.close()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    """Ctrl-C is the parent's business; thread pools read the environment when they start; an orphan has no use."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,213 @@
+"""Executors: every task once, workers that are killed, jobs that are preempted, and the records that come out of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import executor_tasks as tasks
+
+from avalanche_fmlora.config import RunConfig, make_run
+from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
+from avalanche_fmlora.results.record import Record, read_records
+from avalanche_fmlora.sweep import sweep
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent), *([path] if path else [])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def executor(name: str, folder: Path, **resources: Any) -> Executor:
+    if name == "ray":
+        pytest.importorskip("ray", reason="needs the extra `ray`")
+    if name == "slurm":
+        pytest.importorskip("submitit", reason="needs the extra `slurm`")
+        from avalanche_fmlora.executors.on_slurm import OnSlurm
+
+        return OnSlurm(Resources(slurm={"timeout_min": 60}, **resources), folder / "slurm", cluster="local")
+    return make_executor(name, Resources(**resources), folder / "records")
+
+
+def outcomes(executor: Executor, work: Mapping[str, Callable[[], Record]]) -> dict[str, Record | RunLost]:
+    found: dict[str, Record | RunLost] = {}
+    executor.run(work, lambda key, outcome: found.update({key: outcome}))
+    return found
+
+
+class Sender(threading.Thread):
+    """Sends a signal to each process that a file names, up to `times`."""
+
+    def __init__(self, pids: Path, number: int, times: int) -> None:
+        super().__init__(daemon=True)
+        self.pids, self.number, self.times = pids, number, times
+        self.start()
+
+    def run(self) -> None:
+        sent = 0
+        while sent < self.times:
+            time.sleep(0.05)
+            pids = self.pids.read_text().split() if self.pids.exists() else []
+            if len(pids) > sent:
+                time.sleep(0.1)
+                os.kill(int(pids[-1]), self.number)
+                sent = len(pids)
+
+
+@pytest.mark.parametrize("name", ["local", "processes", "slurm"])
+def test_every_task_once(name: str, tmp_path: Path) -> None:
+    jobs = {"jobs": 2} if name == "processes" else {}
+    work = {str(seed): partial(tasks.at_once, seed) for seed in range(3)}
+    found = outcomes(executor(name, tmp_path, threads=1, **jobs), work)
+    assert {key: r["seeds"]["seed"] for key, r in found.items() if not isinstance(r, RunLost)} == {
+        "0": 0,
+        "1": 1,
+        "2": 2,
+    }
+    assert {r["environment"]["threads"] for r in found.values() if not isinstance(r, RunLost)} == {1}
+    with pytest.raises(ArithmeticError, match="a mistake"):
+        outcomes(executor(name, tmp_path), {"x": tasks.breaks_down})
+
+
+def killed_workers(name: str, folder: Path) -> None:
+    once, always = folder / "once", folder / "always"
+    senders = [Sender(once, signal.SIGKILL, 1), Sender(always, signal.SIGKILL, 9)]
+    work = {
+        "always": partial(tasks.dies, always, 1, 99),
+        "once": partial(tasks.dies, once, 2, 1),
+        **{str(seed): partial(tasks.at_once, seed) for seed in (3, 4)},
+    }
+    found = outcomes(executor(name, folder, jobs=2), work)
+    senders[1].times = 0
+    lost = found.pop("always")
+    assert isinstance(lost, RunLost)
+    assert {key: r["seeds"]["seed"] for key, r in found.items() if not isinstance(r, RunLost)} == {
+        "once": 2,
+        "3": 3,
+        "4": 4,
+    }
+    assert len(once.read_text().split()) == 2
+    assert len(set(always.read_text().split())) == {"processes": 2, "ray": 3}[name]
+
+
+def test_a_killed_process_costs_no_other_run_anything(tmp_path: Path) -> None:
+    killed_workers("processes", tmp_path)
+
+
+def test_processes_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avalanche_fmlora.executors.local.available_cores", lambda: 8)
+    assert [executor("processes", tmp_path, jobs=4).threads(count) for count in (1, 3, 4, 9)] == [8, 2, 2, 2]
+    assert executor("processes", tmp_path, jobs=4, threads=3).threads(9) == 3
+    assert executor("local", tmp_path).threads(9) == 8
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the process in /proc")
+def test_workers_end_with_the_process_that_began_them(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    code = (
+        "if __name__ == '__main__':\n"
+        "    from functools import partial; from pathlib import Path; import executor_tasks as t\n"
+        "    from avalanche_fmlora.executors import Resources, make_executor\n"
+        "    e = make_executor('processes', Resources(jobs=1), Path('records'))\n"
+        f"    e.run({{'a': partial(t.dies, Path({str(pids)!r}), 0, 1)}}, print)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline and parent.poll() is None:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    worker = Path("/proc") / pids.read_text().strip()
+    while worker.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.exists()
+
+
+class Disturbed:
+    """An executor whose runs are stopped half-way by a signal, at the first attempt."""
+
+    def __init__(self, inner: Executor, folder: Path, number: int) -> None:
+        self.inner, self.folder, self.number = inner, folder, number
+        folder.mkdir()
+
+    def threads(self, count: int) -> int:
+        return 1
+
+    def run(self, work: Mapping[str, Callable[[], Record]], finish: Callable[[str, Record | RunLost], None]) -> None:
+        for key in work:
+            Sender(self.folder / key, self.number, 1)
+        self.inner.run({k: partial(tasks.half_way, task, self.folder / k) for k, task in work.items()}, finish)
+        assert sorted(path.name for path in self.folder.iterdir()) == sorted(work)
+
+
+@pytest.fixture
+def configs(photos: Path) -> list[RunConfig]:
+    backbone = {"name": "test_vit", "pretrained": False, "image_size": 32}
+    shared = {
+        "benchmark": {"name": "image_folder", "path": photos, "n_experiences": 2},
+        "backbone": backbone,
+        "training": {"epochs": 1, "batch_size": 8},
+    }
+    return [
+        make_run({**shared, "method": "fm_lora", "method_options": {"rank": 4}}),
+        make_run({**shared, "method": "ncm"}),
+    ]
+
+
+def result(record: Record) -> dict[str, Any]:
+    """All that does not depend on the clock and the machine."""
+    parts = {key: record[key] for key in ("id", "status", "error", "config", "benchmark", "accuracy_matrix", "metrics")}
+    seconds = ("train_s", "eval_s")
+    return {**parts, "rows": [{k: v for k, v in row.items() if k not in seconds} for row in record["experiences"]]}
+
+
+def disturbed_sweep(name: str, number: int, configs: list[RunConfig], folder: Path) -> None:
+    stopped = Disturbed(executor(name, folder, jobs=2), folder / "pids", number)
+    records = sweep(configs, folder / "records", executor=stopped)
+    whole = sweep(configs, folder / "whole", executor="local", threads=1)
+    assert [record["status"] for record in records] == ["finished", "finished"]
+    assert [result(r) for r in records] == [result(r) for r in whole]
+    assert [result(r) for r in read_records(folder / "records")] == [result(r) for r in records]
+
+
+def test_a_sweep_whose_processes_are_killed_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
+    disturbed_sweep("processes", signal.SIGKILL, configs, tmp_path)
+
+
+def test_a_sweep_whose_slurm_jobs_are_preempted_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
+    disturbed_sweep("slurm", signal.SIGUSR2, configs, tmp_path)
+    logs = [path.read_text() for path in (tmp_path / "slurm").glob("*.out")]
+    assert len([log for log in logs if "Requeued job" in log]) == 2
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two workers on this machine."""
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_a_sweep_whose_ray_workers_are_killed_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
+    disturbed_sweep("ray", signal.SIGKILL, configs, tmp_path)
+    import ray
+
+    assert not ray.is_initialized()
