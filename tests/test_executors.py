@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ def outcomes(executor: Executor, work: Mapping[str, Callable[[], Record]]) -> di
     found: dict[str, Record | RunLost] = {}
     executor.run(work, lambda key, outcome: found.update({key: outcome}))
     return found
+
+
+def seeds_of(found: Mapping[str, Record | RunLost]) -> dict[str, int]:
+    return {key: record["seeds"]["seed"] for key, record in found.items() if not isinstance(record, RunLost)}
 
 
 class Sender(threading.Thread):
@@ -141,34 +145,36 @@ def test_workers_end_with_the_process_that_began_them(tmp_path: Path) -> None:
 
 
 class Disturbed:
-    """An executor whose runs are stopped half-way by a signal, at the first attempt."""
+    """An executor whose first run is stopped half-way by a signal, at the first attempt."""
 
-    def __init__(self, inner: Executor, folder: Path, number: int) -> None:
-        self.inner, self.folder, self.number = inner, folder, number
-        folder.mkdir()
+    def __init__(self, inner: Executor, pids: Path, number: int) -> None:
+        self.inner, self.pids, self.number = inner, pids, number
 
     def threads(self, count: int) -> int:
         return 1
 
     def run(self, work: Mapping[str, Callable[[], Record]], finish: Callable[[str, Record | RunLost], None]) -> None:
-        for key in work:
-            Sender(self.folder / key, self.number, 1)
-        self.inner.run({k: partial(tasks.half_way, task, self.folder / k) for k, task in work.items()}, finish)
-        assert sorted(path.name for path in self.folder.iterdir()) == sorted(work)
+        first = next(iter(work))
+        Sender(self.pids, self.number, 1)
+        self.inner.run({**work, first: partial(tasks.half_way, work[first], self.pids)}, finish)
+        assert self.pids.exists()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def configs(photos: Path) -> list[RunConfig]:
-    backbone = {"name": "test_vit", "pretrained": False, "image_size": 32}
     shared = {
         "benchmark": {"name": "image_folder", "path": photos, "n_experiences": 2},
-        "backbone": backbone,
+        "backbone": {"name": "test_vit", "pretrained": False, "image_size": 32},
         "training": {"epochs": 1, "batch_size": 8},
     }
-    return [
-        make_run({**shared, "method": "fm_lora", "method_options": {"rank": 4}}),
-        make_run({**shared, "method": "ncm"}),
-    ]
+    methods: list[dict[str, Any]] = [{"method": "fm_lora", "method_options": {"rank": 4}}, {"method": "ncm"}]
+    return [make_run({**shared, **method}) for method in methods]
+
+
+@pytest.fixture(scope="module")
+def whole(configs: list[RunConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    """What comes out where nothing happens."""
+    return sweep(configs, tmp_path_factory.mktemp("whole"), executor="local", threads=1)
 
 
 def result(record: Record) -> dict[str, Any]:
@@ -178,36 +184,122 @@ def result(record: Record) -> dict[str, Any]:
     return {**parts, "rows": [{k: v for k, v in row.items() if k not in seconds} for row in record["experiences"]]}
 
 
-def disturbed_sweep(name: str, number: int, configs: list[RunConfig], folder: Path) -> None:
+def disturbed_sweep(name: str, number: int, configs: list[RunConfig], whole: list[Record], folder: Path) -> None:
     stopped = Disturbed(executor(name, folder, jobs=2), folder / "pids", number)
     records = sweep(configs, folder / "records", executor=stopped)
-    whole = sweep(configs, folder / "whole", executor="local", threads=1)
-    assert [record["status"] for record in records] == ["finished", "finished"]
-    assert [result(r) for r in records] == [result(r) for r in whole]
+    assert [record["status"] for record in records] == ["finished"] * len(configs)
+    assert [result(r) for r in records] == [result(r) for r in whole[: len(configs)]]
     assert [result(r) for r in read_records(folder / "records")] == [result(r) for r in records]
 
 
-def test_a_sweep_whose_processes_are_killed_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
-    disturbed_sweep("processes", signal.SIGKILL, configs, tmp_path)
+def test_a_sweep_with_a_process_killed_half_way(configs: list[RunConfig], whole: list[Record], tmp_path: Path) -> None:
+    disturbed_sweep("processes", signal.SIGKILL, configs[:1], whole, tmp_path)
 
 
-def test_a_sweep_whose_slurm_jobs_are_preempted_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
-    disturbed_sweep("slurm", signal.SIGUSR2, configs, tmp_path)
-    logs = [path.read_text() for path in (tmp_path / "slurm").glob("*.out")]
-    assert len([log for log in logs if "Requeued job" in log]) == 2
+def test_a_sweep_with_a_slurm_job_preempted_half_way(
+    configs: list[RunConfig], whole: list[Record], tmp_path: Path
+) -> None:
+    disturbed_sweep("slurm", signal.SIGUSR2, configs[:1], whole, tmp_path)
+    (log,) = (path.read_text() for path in (tmp_path / "slurm").glob("*.out"))
+    assert "Requeued job" in log
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two workers on this machine."""
-    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-def test_a_sweep_whose_ray_workers_are_killed_half_way(configs: list[RunConfig], tmp_path: Path) -> None:
-    disturbed_sweep("ray", signal.SIGKILL, configs, tmp_path)
+def test_a_sweep_on_two_ray_workers_with_one_killed_half_way(
+    configs: list[RunConfig], whole: list[Record], tmp_path: Path
+) -> None:
+    disturbed_sweep("ray", signal.SIGKILL, configs, whole, tmp_path)
     import ray
 
-    assert not ray.is_initialized()
+    assert not ray.is_initialized(), "the cluster that the sweep began has ended with it"
+
+
+def test_ray_workers_that_are_killed_cost_no_other_run_anything(tmp_path: Path) -> None:
+    killed_workers("ray", tmp_path)
+
+
+def test_a_lost_run_is_a_failed_record_until_it_is_asked_for(
+    configs: list[RunConfig], whole: list[Record], tmp_path: Path
+) -> None:
+    class Loses:
+        called = 0
+
+        def threads(self, count: int) -> int:
+            return 1
+
+        def run(self, work: Mapping[str, Any], finish: Callable[[str, Record | RunLost], None]) -> None:
+            Loses.called += len(work)
+            for key in work:
+                finish(key, RunLost("the worker died"))
+
+    (lost,) = sweep(configs[1:], tmp_path, executor=Loses())
+    assert lost["status"] == "failed"
+    assert lost["error"] == "interrupted: the worker died"
+    assert sweep(configs[1:], tmp_path, executor=Loses()) == [lost]
+    assert Loses.called == 1
+    (again,) = sweep(configs[1:], tmp_path, threads=1, retry_failed=True)
+    assert result(again) == result(whole[1])
+    assert sweep(configs[1:], tmp_path, executor=Loses(), retry_failed=True) == [again]
+    assert Loses.called == 1
+
+
+def test_records_from_another_file_system_are_kept(
+    configs: list[RunConfig], whole: list[Record], tmp_path: Path
+) -> None:
+    class Elsewhere:
+        def threads(self, count: int) -> int:
+            return 1
+
+        def run(self, work: Mapping[str, Any], finish: Callable[[str, Record | RunLost], None]) -> None:
+            for key in work:
+                finish(key, next(record for record in whole if record["id"] == key))
+
+    sweep(configs, tmp_path, executor=Elsewhere())
+    assert read_records(tmp_path) == sorted(whole, key=lambda record: record["config"]["method"])
+
+
+@pytest.mark.parametrize(
+    ("name", "resources", "message"),
+    [
+        ("threads", {}, "one of local, processes, ray, slurm"),
+        ("local", {"jobs": 2}, "take processes"),
+        ("processes", {"gpus_per_run": 1.0}, "reserves nothing"),
+        ("ray", {"slurm": {"timeout_min": 1}}, "takes no SLURM options"),
+        ("slurm", {"gpus_per_run": 0.5}, "whole GPUs"),
+    ],
+)
+def test_resources_that_an_executor_cannot_give(
+    name: str, resources: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if name == "slurm":
+        pytest.importorskip("submitit", reason="needs the extra `slurm`")
+    with pytest.raises(ValueError, match=message):
+        make_executor(name, Resources(**resources), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_missing_package_is_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{package}.*avalanche-fmlora\[{name}\]"):
+        make_executor(name, Resources(), tmp_path)
+
+
+def test_what_is_asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="needs the extra `slurm`")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    work = {key: partial(tasks.at_once, 0) for key in "abc"}
+    options = {"timeout_min": 90, "slurm_partition": "fast"}
+    slurm = partial(Resources, jobs=2, cpus_per_run=4, gpus_per_run=1.0)
+    with pytest.raises(ValueError, match="srun"):
+        outcomes(make_executor("slurm", slurm(slurm=options), tmp_path / "records"), work)
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text('#!/bin/sh\ncp "$1" "$(dirname "$0")/script"\nexit 1\n')
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(ValueError, match="nonsense"):
+        outcomes(make_executor("slurm", slurm(slurm={"nonsense": 1}), tmp_path / "records"), work)
+    executor = make_executor("slurm", slurm(slurm=options), tmp_path / "records")
+    with pytest.raises(ValueError, match="can't submit"):
+        outcomes(executor, work)
+    assert executor.threads(3) == 4
+    asked = (tmp_path / "script").read_text()
+    for line in ("array=0-2%2", "cpus-per-task=4", "gpus-per-node=1", "time=90", "partition=fast"):
+        assert f"#SBATCH --{line}\n" in asked

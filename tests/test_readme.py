@@ -63,11 +63,11 @@ def test_commands_are_known(words: list[str]) -> None:
         assert CliRunner().invoke(main, [command, *rest]).exit_code == 0
         return
     assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
-    own = {o for p in main.commands[command].params for o in p.opts}
+    own = {o: 1 if getattr(p, "is_flag", False) else 2 for p in main.commands[command].params for o in p.opts}
     extra, i = [], 0
     while i < len(rest):
         if rest[i] in own:
-            i += 2
+            i += own[rest[i]]
         elif rest[i].startswith("--"):
             extra += rest[i : i + 2]
             i += 2

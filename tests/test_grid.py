@@ -1,0 +1,103 @@
+"""The grid of a comparison: which runs come out, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avalanche_fmlora.cli.common import read_list, read_pairs
+from avalanche_fmlora.grid import expand
+
+
+def options_of(runs: list[Any], *names: str) -> list[tuple[Any, ...]]:
+    return [(run.method, *(getattr(run.resolved_method(), name, None) for name in names)) for run in runs]
+
+
+def test_every_combination_of_the_axes() -> None:
+    runs = expand(
+        {
+            "benchmarks": ["split_glyphs", {"name": "domain_glyphs"}],
+            "methods": ["ncm", {"method": "fm_lora", "rank": 4, "label": "small"}],
+            "class_order_seeds": [0, None],
+            "seeds": [1, 2, 3],
+            "grid": {"training.epochs": [1, 2]},
+            "training": {"batch_size": 8},
+        }
+    )
+    seen = {(r.benchmark.name, r.method, r.class_order_seed, r.seed, r.training.epochs) for r in runs}
+    assert len(runs) == len(seen) == 2 * 2 * 2 * 3 * 2
+    assert {r.training.batch_size for r in runs} == {8}
+    assert {(r.method, r.label, r.resolved_method().seed) for r in runs if r.seed == 3} == {
+        ("ncm", None, 3),
+        ("fm_lora", "small", 3),
+    }
+
+
+def test_a_field_of_one_method_does_not_multiply_the_others() -> None:
+    grid = {"fm_lora.rank": [4, 8], "precision": ["fp32", "bf16"]}
+    runs = expand({"methods": ["ncm", "fm_lora", "seq_lora"], "grid": grid}, [("seq_lora.rank", 2)])
+    assert options_of(runs, "rank", "precision") == [
+        ("ncm", None, "fp32"),
+        ("fm_lora", 4, "fp32"),
+        ("seq_lora", 2, "fp32"),
+        ("ncm", None, "bf16"),
+        ("fm_lora", 4, "bf16"),
+        ("seq_lora", 2, "bf16"),
+        ("fm_lora", 8, "fp32"),
+        ("fm_lora", 8, "bf16"),
+    ]
+
+
+def test_benchmarks_bring_options_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "benchmark: {name: domain_glyphs}\ntraining: {epochs: 2}\nclass_order_seeds: [5, 6]\nmethods: [ncm, joint]\n"
+    )
+    shared = {"training": {"epochs": 7, "batch_size": 9}, "methods": ["ncm"], "class_order_seeds": [1]}
+    entries = [str(tmp_path / "own.yaml"), {"benchmark": {"n_experiences": 5}, "training": {"epochs": 3}}]
+    found = [
+        (r.benchmark.name, r.training.epochs, r.training.batch_size, r.class_order_seed, r.method)
+        for r in expand({"benchmarks": entries, **shared})
+    ]
+    assert found == [
+        *(("domain_glyphs", 2, 9, order, method) for order in (5, 6) for method in ("ncm", "joint")),
+        ("split_glyphs", 3, 9, 1, "ncm"),
+    ]
+    flags = [("class_order_seeds", [8]), ("methods", ["joint"]), ("training.epochs", 4)]
+    assert [(r.training.epochs, r.class_order_seed, r.method) for r in expand({"benchmarks": entries}, flags)] == [
+        (4, 8, "joint")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": ["rank"]}, "Expected `grid` to be a mapping"),
+        ({"grid": {"rank": 4}}, "Expected `rank` to be a list"),
+        ({"grid": {"rank": []}}, "at least one entry"),
+        ({"grid": {"seed": [0, 1]}}, "write `seeds` beside it"),
+        ({"grid": {"rnak": [4]}}, "did you mean `rank`"),
+        ({"grid": {"training.epochs": [0]}}, "greater than or equal to 1"),
+        ({"benchmarks": [3]}, "Expected each of `benchmarks`"),
+        ({"benchmarks": []}, "Expected `benchmarks` to be a list"),
+        ({"benchmarks": ["split_glyps"]}, "benchmark.name"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand({"methods": ["fm_lora"], **options})
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        expand({"benchmarks": ["nowhere.yaml"]})
+
+
+def test_values_on_the_command_line() -> None:
+    assert read_list("8,16") == [8, 16]
+    assert read_list("bf16,null,1e-3,0.5") == ["bf16", None, "1e-3", 0.5]
+    assert read_list("[[0, 1], [2]]") == [[0, 1], [2]]
+    assert read_pairs("--grid", ["fm_lora.lr-head=1=2", "a=b"]) == {"fm_lora.lr_head": "1=2", "a": "b"}
+    with pytest.raises(ValueError, match="Expected --grid NAME=VALUE but got rank"):
+        read_pairs("--grid", ["rank"])
