@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from avalanche_fmlora.config import RunConfig
+from avalanche_fmlora.executors import Executor, quiet_imports
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.results.record import Record
-from avalanche_fmlora.sweep import quiet_imports, sweep
+from avalanche_fmlora.sweep import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,9 @@ def compare(
     class_order_seeds: Sequence[int | None] = (0,),
     seeds: Sequence[int] = (0,),
     out: str | Path = "runs",
+    executor: Executor | str | None = None,
     jobs: int = 1,
+    retry_failed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     data_root: str | Path | None = None,
@@ -40,15 +43,18 @@ def compare(
         class_order_seeds: of the class or domain order; every method runs on each.
         seeds: of initial values and batches; every method runs with each.
         out: folder; records are kept in its ``records``.
+        executor: see :func:`~avalanche_fmlora.sweep.sweep`.
         jobs: runs at once, each in a process of its own if more than one. A method that is registered in a notebook is
             known to this process only: it needs 1.
+        retry_failed: run those again whose record says that they failed.
         device: where to compute.
         threads: CPU threads a run; None shares the cores out.
         data_root: folder of relative data paths.
         report: called with a line of text after each run, ``print`` say.
         fields: what all runs share: parts of the configuration, as in a YAML file
-            (``benchmark={"name": "split_glyphs", "n_experiences": 5}``, ``training={"epochs": 3}``), and options of
-            methods, for each method that has them (``precision="bf16"``).
+            (``benchmark={"name": "split_glyphs", "n_experiences": 5}``, ``training={"epochs": 3}``), options of
+            methods, for each method that has them (``precision="bf16"``), and the axes `benchmarks` and `grid` of
+            :func:`~avalanche_fmlora.grid.expand` (``grid={"fm_lora.rank": [8, 16]}``).
 
     Returns:
         One record a run, in order; one that broke down has status ``failed``, and its error is logged.
@@ -75,7 +81,9 @@ def compare(
         return sweep(
             expand(options, of_methods),
             Path(out) / "records",
+            executor=executor,
             jobs=jobs,
+            retry_failed=retry_failed,
             device=device,
             threads=threads,
             data_root=None if data_root is None else Path(data_root),

@@ -22,8 +22,8 @@ def sweep(
     configs: Sequence[RunConfig],
     folder: Path,
     *,
-    executor: Executor | str = "local",
-    jobs: int | None = None,
+    executor: Executor | str | None = None,
+    jobs: int = 1,
     device: str = "cpu",
     threads: int | None = None,
     data_root: Path | None = None,
@@ -35,10 +35,11 @@ def sweep(
     Args:
         configs: the runs; the same one twice counts once.
         folder: of the records; interrupted, it holds all finished runs, and the same call goes on from there.
-        executor: ``local``, ``processes``, ``ray`` or ``slurm``, or an executor of your own.
-        jobs: runs at once, where the executor is given by name.
+        executor: ``local``, ``processes``, ``ray``, ``slurm``, or an executor of your own, which then knows about jobs
+            and threads; None is ``processes`` for several jobs, else ``local``.
+        jobs: runs at once.
         device: where to compute.
-        threads: CPU threads a run, where the executor is given by name; None shares the cores out.
+        threads: CPU threads a run; None shares the cores out.
         data_root: folder of relative data paths.
         retry_failed: run those again whose record says that they failed; else they are returned as they are.
         report: called with (how many done, of how many, record) after each.
@@ -50,9 +51,11 @@ def sweep(
         FileNotFoundError: if the data or weights of a run are not there.
         ValueError: if the executor can't do what is asked of it, or a record in the folder is torn or edited.
     """
+    folder = folder.absolute()
+    if executor is None:
+        executor = "processes" if jobs > 1 else "local"
     if isinstance(executor, str):
         executor = make_executor(executor, Resources(jobs=jobs, threads=threads), folder)
-    folder = folder.absolute()
     unique = {run_id(c.identity()): c for c in configs}
     done = {key: r for key, c in unique.items() if (r := find_record(folder, c.identity(), failed=not retry_failed))}
     todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}

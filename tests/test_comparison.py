@@ -47,4 +47,12 @@ def test_a_failure_is_said_and_kept(
     with caplog.at_level(logging.WARNING, "avalanche_fmlora"):
         (record,) = compare(["ncm"], **SMALL, out=tmp_path, threads=1)
     assert record["status"] == "failed"
-    assert caplog.messages == ["[1/1] ncm, class order 0: failed: RuntimeError: out of memory"]
+    message = "[1/1] ncm, class order 0: failed: RuntimeError: out of memory"
+    assert caplog.messages == [message]
+    monkeypatch.undo()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "avalanche_fmlora"):
+        assert compare(["ncm"], **SMALL, out=tmp_path, threads=1) == [record], "shown again, not run again"
+    assert caplog.messages == [message]
+    (again,) = compare(["ncm"], **SMALL, out=tmp_path, threads=1, retry_failed=True)
+    assert again["status"] == "finished"

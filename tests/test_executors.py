@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,17 +207,34 @@ def test_a_sweep_with_a_slurm_job_preempted_half_way(
     assert "Requeued job" in log
 
 
+@contextmanager
+def skipped_if_ray_does_not_start() -> Iterator[None]:
+    """Ray gives itself 30 s to start, which a machine with many more processes than cores may not do."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the processes that Ray began and forgot
+            del error
+            gc.collect()
+        pytest.skip("Ray did not start in time")
+
+
 def test_a_sweep_on_two_ray_workers_with_one_killed_half_way(
     configs: list[RunConfig], whole: list[Record], tmp_path: Path
 ) -> None:
-    disturbed_sweep("ray", signal.SIGKILL, configs, whole, tmp_path)
+    with skipped_if_ray_does_not_start():
+        disturbed_sweep("ray", signal.SIGKILL, configs, whole, tmp_path)
     import ray
 
     assert not ray.is_initialized(), "the cluster that the sweep began has ended with it"
 
 
 def test_ray_workers_that_are_killed_cost_no_other_run_anything(tmp_path: Path) -> None:
-    killed_workers("ray", tmp_path)
+    with skipped_if_ray_does_not_start():
+        killed_workers("ray", tmp_path)
 
 
 def test_a_lost_run_is_a_failed_record_until_it_is_asked_for(

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from avalanche_fmlora import compare
 from avalanche_fmlora.cli.common import read_list, read_pairs
 from avalanche_fmlora.grid import expand
+from avalanche_fmlora.results.record import run_id
 
 
 def options_of(runs: list[Any], *names: str) -> list[tuple[Any, ...]]:
@@ -48,6 +50,17 @@ def test_a_field_of_one_method_does_not_multiply_the_others() -> None:
         ("fm_lora", 8, "fp32"),
         ("fm_lora", 8, "bf16"),
     ]
+
+
+def test_a_call_has_the_same_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[str] = []
+    monkeypatch.setattr(
+        "avalanche_fmlora.comparison.sweep", lambda runs, *_, **__: ids.extend(run_id(r.identity()) for r in runs) or []
+    )
+    axes: dict[str, Any] = {"benchmarks": ["split_glyphs", "domain_glyphs"], "grid": {"fm_lora.rank": [4, 8]}}
+    compare(["fm_lora"], **axes, out=tmp_path)
+    assert ids == [run_id(run.identity()) for run in expand({"methods": ["fm_lora"], **axes})]
+    assert len(ids) == 4
 
 
 def test_benchmarks_bring_options_of_their_own(tmp_path: Path) -> None:

@@ -128,16 +128,9 @@ def user_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def one_line(record: Record) -> str:
-    name = f"{record['config']['method']}, class order {record['config']['class_order_seed']}"
-    if record["status"] != "finished":
-        return f"{name}: failed: {record['error']}"
-    accuracy, train_s = record["metrics"]["final_average_accuracy"], record["cost"]["train_s"]
-    return f"{name}: final average accuracy {100 * (accuracy or 0):.1f} %, {train_s or 0:.0f} s of training"
-
-
 def show(records: Sequence[Record], out: Path) -> None:
     """CSVs of all records in the folder, the table of these ones; exit status 1 if one failed."""
+    from avalanche_fmlora.comparison import one_line
     from avalanche_fmlora.results.record import read_records
     from avalanche_fmlora.results.table import render, summary_rows, write_csvs
 

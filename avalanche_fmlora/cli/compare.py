@@ -15,7 +15,6 @@ from avalanche_fmlora.cli.common import (
     FLEXIBLE,
     OPTIONS_HELP,
     SHORT,
-    one_line,
     prepare,
     read_flags,
     read_list,
@@ -125,6 +124,8 @@ def _resources(flags: dict[str, Any], device: str) -> Resources:
 def reporter(total: int) -> Iterator[Callable[[int, int, Record], None]]:
     """A bar over the runs on a terminal, a line a run off it."""
     from tqdm import tqdm
+
+    from avalanche_fmlora.comparison import one_line
 
     with tqdm(total=total, unit="run", disable=None) as bar:
 
