@@ -153,6 +153,14 @@ def test_arrays_and_numpy_numbers_become_json(tmp_path: Path) -> None:
     assert got["cost"]["gmacs_per_image"] is None
 
 
+def test_an_error_in_a_file_names_no_folder(tmp_path: Path) -> None:
+    made = blank_record(config())
+    made["error"] = f"FileNotFoundError: There is no {tmp_path / 'photos.zip'} nor '{tmp_path / 'a b' / 'photos'}'"
+    text = write_record(made, tmp_path).read_text()
+    assert "There is no photos.zip nor 'photos'" in text
+    assert str(tmp_path) not in text
+
+
 def test_odd_names_and_errors_are_kept(tmp_path: Path) -> None:
     made = blank_record(config(method="../my method", class_order_seed=None))
     made["error"] = 'RuntimeError: [\n 1,\n 2\n] "quoted" \udc80 ünï'

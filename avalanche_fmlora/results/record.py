@@ -83,7 +83,7 @@ def environment(device: str, threads: int) -> Environment:
 def write_record(record: Record, folder: str | Path) -> Path:
     """Write `record` whole or not at all: ``folder/`` :func:`file_name`.
 
-    NaN and infinity become null, arrays and tuples lists. A retry that finished replaces the record of a failure.
+    NaN and infinity become null, arrays and tuples lists, and an error loses its folders. A retry that finished replaces the record of a failure.
 
     Returns:
         The path of the file.
@@ -93,6 +93,8 @@ def write_record(record: Record, folder: str | Path) -> Path:
         FileExistsError: if a failed run would replace the record of a finished one.
     """
     content = complete(plain(record))
+    if isinstance(content["error"], str):
+        content["error"] = without_folders(content["error"])
     check(content, "the record")
     path = Path(folder) / file_name(content)
     if content["status"] == "failed" and path.exists() and read_record(path)["status"] == "finished":
@@ -102,6 +104,17 @@ def write_record(record: Record, folder: str | Path) -> Path:
     text = json.dumps({**content, "checksum": sha256_of(content, "the record")}, indent=1, ensure_ascii=False)
     rows_on_one_line = re.sub(r'\[\n\s*([^\[\]{}"]*?)\n\s*\]', lambda m: "[" + " ".join(m[1].split()) + "]", text)
     return write_atomically(path, rows_on_one_line + "\n")
+
+
+def without_folders(text: str) -> str:
+    """Absolute paths in a message become their last names: records leave the machine they were made on.
+
+    >>> without_folders("Expected 'CUB' at '/home/my name/data/CUB' or /tmp/x/y.zip: see http://a.org/b/c, n01/a.jpg")
+    "Expected 'CUB' at 'CUB' or y.zip: see http://a.org/b/c, n01/a.jpg"
+    """
+    root = r"(?:~|[A-Za-z]:)?/"
+    text = re.sub(rf"(['\"`]){root}[^'\"`\n]*/([^'\"`\n/]+)/?\1", r"\1\2\1", text)
+    return re.sub(rf"(?:(?<=[\s(=])|^){root}(?:[^/\s'\"`]+/)+(?=[^/\s])", "", text)
 
 
 def read_record(path: str | Path) -> Record:
