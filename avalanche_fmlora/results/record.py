@@ -83,7 +83,8 @@ def environment(device: str, threads: int) -> Environment:
 def write_record(record: Record, folder: str | Path) -> Path:
     """Write `record` whole or not at all: ``folder/`` :func:`file_name`.
 
-    NaN and infinity become null, arrays and tuples lists, and an error loses its folders. A retry that finished replaces the record of a failure.
+    NaN and infinity become null, arrays and tuples lists, and an error loses its folders. A retry that finished
+    replaces the record of a failure.
 
     Returns:
         The path of the file.
