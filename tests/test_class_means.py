@@ -83,18 +83,41 @@ def test_distillation_holds_the_cosines_to_past_rows(make_strategy: Any, train: 
     assert changes[1] < 0.3 * changes[0]
 
 
-def test_the_teacher_reads_an_image_that_repeats_once(
+def test_the_teacher_costs_no_pass_unless_it_is_asked_for(
     make_strategy: Any, train: Any, class_benchmark: Any, passes: Any
 ) -> None:
-    """Forward passes of the second experience: 16 images more than without the teacher, whatever the epochs."""
-    counts = []
-    for weight in (0.0, 1.0):
-        strategy = make_strategy("fm_lora", distillation=weight, train_epochs=3)
+    """Images forwarded in the second experience (16 images, 3 epochs), and what the teacher does to the core."""
+    counts, cores = [], []
+    for options in ({"distillation": 0.0}, {"teacher": "known"}, {"teacher": "every_step"}):
+        strategy = make_strategy("fm_lora", **{"distillation": 1.0, "lr_core": 0.02, "train_epochs": 3, **options})
         train(strategy, class_benchmark, n=1)
         passes.watch(strategy.model.vit)
         strategy.train(class_benchmark.train_stream[1])
         counts.append(sum(passes.take()))
-    assert counts[1] - counts[0] == 16
+        cores.append(strategy.model.lora.layers[0].core.clone())
+    assert counts[1] == counts[0]
+    assert counts[2] == counts[0] + 16 * 3
+    assert not torch.equal(cores[1], cores[0])
+    torch.testing.assert_close(cores[1], cores[2], rtol=1e-3, atol=1e-5)
+
+
+def test_the_teacher_that_costs_nothing_is_silent_where_inputs_change(
+    make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    from avalanche.core import SupervisedPlugin
+
+    class Noise(SupervisedPlugin):
+        def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+            strategy.mbatch[0] = strategy.mbatch[0] + torch.randn(1, generator=self.generator)
+
+    cores = []
+    for weight in (0.0, 1.0):
+        noise = Noise()
+        noise.generator = torch.Generator().manual_seed(0)
+        options = {"plugins": [noise], "lr_core": 0.02, "distillation": weight}
+        strategy = train(make_strategy("fm_lora", **options), class_benchmark, n=2)
+        cores.append(strategy.model.lora.layers[0].core.clone())
+    assert torch.equal(*cores)
 
 
 def test_the_stability_term_keeps_the_core_in_place(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
@@ -217,7 +240,8 @@ def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any
     def remember(strategy: Any) -> None:
         parts.append(_features(strategy, [domain_benchmark.train_stream[len(parts)]]))
 
-    strategy = train(make_strategy("fm_lora", recurring_rows="mean", lr_core=0.05), domain_benchmark, after=remember)
+    options = {"recurring_rows": "mean", "whitening": None, "lr_core": 0.05}
+    strategy = train(make_strategy("fm_lora", **options), domain_benchmark, after=remember)
     head = strategy.model.head
     first, *others = [(_means(z, y), torch.bincount(y)[:, None]) for z, y in parts]
     mean, total = F.normalize(first[0], dim=-1), first[1]
@@ -225,5 +249,6 @@ def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any
         mean, total = (mean * total + part * count) / (total + count), total + count
     torch.testing.assert_close(head.means[0], mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.folded[0], F.normalize(mean, dim=-1), rtol=1e-4, atol=1e-5)
-    trained = train(make_strategy("fm_lora", whitening=0.5, lr_core=0.05), domain_benchmark).model.head
+    options = {"recurring_rows": "trained", "whitening": 0.5, "lr_core": 0.05}
+    trained = train(make_strategy("fm_lora", **options), domain_benchmark).model.head
     assert len(trained.folded) == len(trained.means) == 0, "rows that went on training are no means: never whitened"

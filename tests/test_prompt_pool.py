@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from avalanche_fmlora.data.base import ImageSet, class_incremental
-from avalanche_fmlora.modules.feature_cache import FeatureCache, image_hashes
+from avalanche_fmlora.modules.feature_cache import FeatureCache, KnownFeatures, image_hashes
 from avalanche_fmlora.modules.prompt_pool import check_blocks, cosines, query_features
 
 METHODS = ["l2p", "dual_prompt", "coda_prompt"]
@@ -198,3 +198,21 @@ def test_compile_is_taken_and_changes_nothing(make_strategy: Any, make_vit: Any,
     for strategy in (plain, compiled):
         strategy.model.begin([0, 1])
     assert torch.equal(plain._features(images), compiled._features(images))
+
+
+def test_known_features_are_found_by_content() -> None:
+    torch.manual_seed(0)
+    images, features = torch.randn(10, 3, 4, 4), torch.randn(10, 5)
+    known = KnownFeatures([images[:6], images[6:]], features)
+    order = torch.tensor([7, 0, 9, 3])
+    found, hit = known.find(images[order])
+    assert hit.all()
+    assert torch.equal(found, features[order])
+    mixed = images[order].clone()
+    mixed[2, 0, 0, 0] += 1e-6
+    found, hit = known.find(mixed)
+    assert hit.tolist() == [True, True, False, True]
+    assert torch.equal(found[hit], features[order][hit])
+    found, hit = known.find(torch.randn(2, 3, 8, 8))
+    assert not hit.any()
+    assert found.shape == (2, 5)

@@ -1,11 +1,11 @@
-"""Features of a model that rests while it is asked again and again: prompt methods' queries, the free teacher's.
+"""Features of a model that rests while it is asked again and again, by image content: queries, the free teacher's.
 
 Letters: B batch, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ def image_hashes(images: Tensor, weights: Tensor) -> Tensor:
 
 def _words(images: Tensor) -> Tensor:
     return images.detach().contiguous().flatten(1).view(_WORDS.get(images.element_size(), torch.int32))
+
+
+def hash_weights(images: Tensor) -> Tensor:
+    """Weights for :func:`image_hashes` of images of this shape and type, the same whenever they are drawn."""
+    size = images[0].numel() * max(1, images.element_size() // 4)
+    limit = torch.iinfo(torch.int64)
+    # Seeded by the size alone: the model's own random numbers are the same with and without a cache.
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(limit.min, limit.max, (2, size), generator=generator).to(images.device)
 
 
 class FeatureCache:
@@ -90,9 +99,37 @@ class FeatureCache:
         size = images[0].numel() * max(1, images.element_size() // 4)
         if self._weights is None or self._weights.shape[1] != size:
             self._rows = {}
-            limit = torch.iinfo(torch.int64)
-            # Seeded by the size alone: the model's own random numbers are the same with and without a cache.
-            generator = torch.Generator().manual_seed(size)
-            weights = torch.randint(limit.min, limit.max, (2, size), generator=generator)
-            self._weights = weights.to(images.device)
+            self._weights = hash_weights(images)
         return image_hashes(images, self._weights)
+
+
+class KnownFeatures:
+    """Features of a set of images, found again by their content without a word to the host: all stays on the device.
+
+    Args:
+        images: batches of a fixed order, each [B, ...], of one shape.
+        features: their features, shape [M, D].
+    """
+
+    def __init__(self, images: Iterable[Tensor], features: Tensor) -> None:
+        hashes: list[Tensor] = []
+        for batch in images:
+            if not hashes:
+                self._weights = hash_weights(batch)
+            hashes.append(image_hashes(batch, self._weights))
+        keys = torch.cat(hashes)
+        order = keys[:, 0].argsort()
+        self._keys = keys[order]
+        self._features = features[order]
+
+    def find(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] of images [B, ...], and which of the images are known, bool [B] (others: any features)."""
+        if images[0].numel() * max(1, images.element_size() // 4) != self._weights.shape[1]:
+            return self._features[:1].expand(len(images), -1), torch.zeros(len(images), dtype=torch.bool).to(
+                images.device
+            )
+        keys = image_hashes(images, self._weights)
+        index = torch.searchsorted(self._keys[:, 0].contiguous(), keys[:, 0].contiguous()).clamp_max(
+            len(self._keys) - 1
+        )
+        return self._features[index], (self._keys[index] == keys).all(1)

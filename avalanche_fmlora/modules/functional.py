@@ -300,7 +300,7 @@ def whitened_rows(rows: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
     same for all classes, so ``f · Σ⁻¹w_c / |Σ^-½ w_c|`` ranks them alike, and prediction needs rows alone.
 
     Args:
-        rows: class means w, of any length, shape [C, D].
+        rows: class means w, of any length, shape [C, D]; a row of zeros (a class not seen) stays one.
         covariance: within-class covariance S, shape [D, D].
         shrinkage: λ > 0; the larger, the nearer to plain cosines.
 
@@ -317,20 +317,23 @@ def whitened_rows(rows: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
         return w.to(rows)
     sigma = sigma / spread + shrinkage * torch.eye(size, dtype=sigma.dtype, device=sigma.device)
     solved = torch.linalg.solve(sigma, w.T).T
-    folded = solved / (solved * w).sum(-1, keepdim=True).sqrt()
-    return (folded / folded.norm(dim=-1).mean()).to(rows)
+    folded = solved / (solved * w).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+    lengths = folded.norm(dim=-1)
+    return (folded / (lengths.sum() / (lengths > 0).sum().clamp_min(1))).to(rows)
 
 
-def row_distillation(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+def row_distillation(student: Tensor, teacher: Tensor, rows: Tensor, known: Tensor | None = None) -> Tensor:
     """Mean over samples of Σ_c (cos(f, w_c) − cos(f_teacher, w_c))² over the rows of past classes.
 
     Args:
         student: features of the model in training, shape [B, D].
         teacher: features of the model before the experience, shape [B, D], no gradient.
         rows: of the past classes, normalised, shape [C, D].
+        known: samples that have a teacher, bool [B]; the others count as unchanged. None means all.
     """
     change = F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)
-    return (change @ rows.T).square().sum(-1).mean()
+    squares = (change @ rows.T).square().sum(-1)
+    return squares.mean() if known is None else (squares * known).mean()
 
 
 def masked_logits(logits: Tensor, allowed: Tensor) -> Tensor:

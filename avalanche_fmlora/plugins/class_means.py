@@ -62,7 +62,7 @@ class ClassMeanPlugin(SupervisedPlugin):
             head.keep_means()
         if not self.train_rows:
             return
-        features, labels = training_features(strategy)
+        features, labels = strategy.features_at_start()
         self._before = features if self.transport and bool(self._absent(head, labels).any()) else None
         self._write(head, features, labels, labels.unique())
 

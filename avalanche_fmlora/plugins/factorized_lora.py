@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
+from torch import Tensor
 
 from avalanche_fmlora.modules import functional
-from avalanche_fmlora.modules.feature_cache import FeatureCache
+from avalanche_fmlora.modules.feature_cache import KnownFeatures
+from avalanche_fmlora.plugins._passes import training_images
 
 
 class CoreRegularizationPlugin(SupervisedPlugin):
@@ -16,17 +18,26 @@ class CoreRegularizationPlugin(SupervisedPlugin):
 
     Args:
         distillation: weight of the squared change of the cosines to past rows on the current images. The teacher is the
-            model without M Nᵀ: one more forward pass, without autograd, of images whose input it has not seen in the
-            experience yet. Silent while bases train or nothing is past.
+            model without M Nᵀ. Silent while bases train or nothing is past.
+        teacher: `known`: it speaks on images whose features the pass before the experience has given, and costs no pass
+            of its own; where inputs change from epoch to epoch (random crops) it is silent. `every_step`: it reads each
+            batch, one more forward pass without autograd.
         stability: λ_core of ‖C_t − C_{t−1}‖², summed over the adapted maps.
     """
 
-    def __init__(self, *, distillation: float = 0.0, stability: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        distillation: float = 0.0,
+        teacher: Literal["known", "every_step"] = "known",
+        stability: float = 0.0,
+    ) -> None:
         super().__init__()
         self.distillation = distillation
+        self.teacher = teacher
         self.stability = stability
-        self._rows: Any = None
-        self._cache = FeatureCache()
+        self._rows: Tensor | None = None
+        self._known: KnownFeatures | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the rows of the past: without classes of this experience, or all if every class recurs."""
@@ -37,22 +48,25 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         chosen = past if bool(past.any()) else known
         teaches = self.distillation > 0 and lora.trains_core and not lora.trains_bases and bool(chosen.any())
         self._rows = F.normalize(head.rows[chosen], dim=-1) if teaches else None
-        self._cache.clear()
+        if teaches and self.teacher == "known":
+            features, _ = strategy.features_at_start()
+            self._known = KnownFeatures((x for x, _ in training_images(strategy)), features)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the terms."""
         model = strategy.model
         if self.stability > 0 and model.lora.trains_core:
             strategy.loss += self.stability * model.lora.stability()
-        if self._rows is not None:
-            teacher = self._cache.lookup(strategy.mb_x, strategy.features_before)
-            strategy.loss += self.distillation * functional.row_distillation(model.last_features, teacher, self._rows)
-
-    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Inputs that repeat are known from now on."""
-        self._cache.end_epoch()
+        if self._rows is None:
+            return
+        if self.teacher == "known":
+            assert self._known is not None
+            teacher, known = self._known.find(strategy.mb_x)
+        else:
+            teacher, known = strategy.features_before(strategy.mb_x), None
+        term = functional.row_distillation(model.last_features, teacher, self._rows, known)
+        strategy.loss += self.distillation * term
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The teacher is gone."""
-        self._rows = None
-        self._cache.clear()
+        self._rows = self._known = None

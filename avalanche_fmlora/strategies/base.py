@@ -21,6 +21,7 @@ from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
 from avalanche_fmlora.modules.vit import check_vit, feature_dim
+from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
@@ -105,6 +106,7 @@ class ContinualStrategy(DataLoading):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self._features = torch.compile(network.features) if self.config.compile else network.features
         self._current: Any = None
+        self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
         self.resources: list[dict[str, int]] = []
 
@@ -277,8 +279,16 @@ class ContinualStrategy(DataLoading):
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
+    def features_at_start(self) -> tuple[Tensor, Tensor]:
+        """Features [M, D] and labels [M] of the experience that begins, before it trains: one pass for all who ask."""
+        if self._at_start is None:
+            self._at_start = training_features(self)
+        return self._at_start
+
     def _before_training_exp(self, **kwargs: Any) -> None:
+        self._at_start = None
         super()._before_training_exp(**kwargs)
+        self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
 
     # What users do with the result

@@ -23,7 +23,7 @@ from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
 from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import Classifier, MethodConfig, StrictModel, Structural
+from avalanche_fmlora.strategies.config import Classifier, MethodConfig, RecurringRows, StrictModel, Structural
 from avalanche_fmlora.strategies.registry import register
 
 
@@ -77,7 +77,10 @@ class FMLoRAConfig(MethodConfig):
     core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = 1.0
     """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t."""
     distillation: float = Field(1.0, ge=0)
-    """Weight of the cosines to past rows held by the free teacher; above 0 it costs one more forward pass a step."""
+    """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
+    teacher: Literal["known", "every_step"] = "known"
+    """`known`: the teacher speaks on images whose features the pass before the experience gave, at no further pass, and
+    is silent where inputs change from epoch to epoch; `every_step`: one more forward pass a step, without autograd."""
     stability: float = Field(0.0, ge=0)
     """Weight λ_core of ‖C_t − C_{t−1}‖²."""
     rank_selection: RankSelectionConfig | None = RankSelectionConfig()
@@ -90,6 +93,12 @@ class FMLoRAConfig(MethodConfig):
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
     row_transport: bool = True
     """Move the `class_mean` rows of past classes along with the drift of the current experience's features."""
+    whitening: float | None = Field(1.0, gt=0)
+    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
+    current features, of which nothing else is kept; null for plain cosines."""
+    recurring_rows: RecurringRows = "per_experience"
+    """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
+    over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""
     lr_bases: float = Field(1e-3, ge=0)
     """Learning rate of the bases in the first experience."""
     slow_share: float = Field(0.01, ge=0)
@@ -152,7 +161,11 @@ class FMLoRAStrategy(ContinualStrategy):
         elif config.prompt_length:
             plugins.append(MetaPromptPlugin(**dict(config.meta_prompt)))
         if config.distillation or config.stability:
-            plugins.append(CoreRegularizationPlugin(distillation=config.distillation, stability=config.stability))
+            plugins.append(
+                CoreRegularizationPlugin(
+                    distillation=config.distillation, teacher=config.teacher, stability=config.stability
+                )
+            )
         return plugins
 
     def core_step(self) -> float:
