@@ -145,6 +145,20 @@ def test_names_at_the_side_do_not_overlap() -> None:
     assert len(set(looks)) == len(looks), "told apart without colour"
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_long_names_and_many_experiences_leave_room_for_the_axes(kind: str) -> None:
+    count, records = 30, []
+    for k in range(3):
+        label = f"{k}: a label that says much more than any figure has room for, in many words"
+        matrix = [[0.9 - 0.02 * (t - i) if i <= t else None for i in range(count)] for t in range(count)]
+        records += [record("fm_lora", matrix, order=o, label=label, options={"k": k}) for o in (0, 1)]
+    figure = KINDS[kind](records)
+    figure.draw_without_rendering()  # a collapsed layout is a warning, so an error here
+    assert all(axes.get_window_extent().width > 20 for axes in figure.axes if axes.axison and axes.get_label() == "")
+    shown = {axes.get_title() for axes in figure.axes} | {text for axes in figure.axes for text in texts(axes)}
+    assert kind == "rank" or any(text.endswith("…") for text in shown)
+
+
 def test_files_are_the_same_each_time(tmp_path: Path) -> None:
     paths = [save(accuracy_over_experiences(several()), tmp_path / name / "a.svg") for name in "xy"]
     assert paths[0].read_bytes() == paths[1].read_bytes()

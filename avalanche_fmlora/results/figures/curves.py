@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from avalanche_fmlora.results.figures.labels import label_lines
+from avalanche_fmlora.results.figures.labels import label_lines, wrapped
 from avalanche_fmlora.results.figures.style import (
     Series,
     column_figure,
@@ -63,8 +63,9 @@ def forgetting(records: Iterable[Record]) -> Figure:
     series = [s for s in series_of(records) if any(run.record["metrics"]["forgetting"] is not None for run in s.runs)]
     if not series:
         raise ValueError("Expected runs of at least two experiences learned in turn, since forgetting needs them.")
-    figure = new_figure(2.5 + 0.3 + 0.14 * len(series))
-    above, below = figure.subplots(2, height_ratios=[2.0, 0.3 + 0.14 * len(series)])
+    bars = 0.3 + sum(0.1 + 0.08 * len(wrapped(one.name, 16).splitlines()) for one in series)
+    figure = new_figure(2.4 + bars)
+    above, below = figure.subplots(2, height_ratios=[2.0, bars])
     ends = []
     for one in series:
         curves = np.array([_forgetting(_matrix(run.record)) for run in one.runs])
@@ -132,11 +133,12 @@ def _bars(axes: Axes, series: Sequence[Series]) -> None:
     order = sorted(series, key=lambda s: -float(np.mean(values[s.name])))
     means = [float(np.mean(values[s.name])) for s in order]
     stds = [float(np.std(values[s.name], ddof=1)) if len(values[s.name]) > 1 else 0.0 for s in order]
-    axes.barh([s.name for s in order], means, color="0.82", edgecolor="0.35", linewidth=0.5, height=0.65)
+    axes.barh(range(len(order)), means, color="0.82", edgecolor="0.35", linewidth=0.5, height=0.65)
     if any(stds):
         axes.errorbar(means, range(len(order)), xerr=stds, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
     for k, (mean, std) in enumerate(zip(means, stds, strict=True)):
         axes.text(max(mean + std, 0) + 0.003, k, f"{100 * mean:.1f}", va="center", fontsize=6.5)
+    axes.set_yticks(range(len(order)), [wrapped(s.name, 16) for s in order], linespacing=0.85)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("forgetting at the end [points]" + (" ± standard deviation" if any(stds) else ""))
     axes.margins(x=0.12)

@@ -17,6 +17,11 @@ _SIDES = tuple((dx * far, dy * far, side) for far in (1.0, 2.2, 3.6) for dx, dy,
 _Box: TypeAlias = tuple[float, float, float, float]
 
 
+def wrapped(name: str, width: int = 20) -> str:
+    """A name on at most two lines, cut short if need be."""
+    return "\n".join(textwrap.wrap(name, width, max_lines=2, placeholder="…"))
+
+
 def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Names at the right of the axes, beside the ends (name, x, y, colour) of lines, moved apart where they overlap."""
     figure: Any = axes.figure
@@ -25,7 +30,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> No
     low, high = axes.get_ylim()
     entries = []
     for name, x, y, colour in ends:
-        text = textwrap.fill(name, 20)
+        text = wrapped(name)
         entries.append([(y - low) / (high - low), (text.count("\n") + 1) * line_height, text, x, y, colour])
     entries.sort(key=lambda e: -e[0])
     places = _apart([e[0] for e in entries], [e[1] for e in entries])
@@ -74,14 +79,15 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
         r = 3 * scale
         taken += [(x - r, y - r, x + r, y + r), (x0, y - r / 2, x1, y + r / 2), (x - r / 2, y0, x + r / 2, y1)]
     for p in points:
-        width, height = 3.7 * scale * len(p.name), 7 * scale
+        lines = wrapped(p.name).splitlines()
+        width, height = 3.7 * scale * max(map(len, lines)), 7 * scale * len(lines)
         x, y = to_pixels((p.x, p.y))
         boxes = [_beside(x + dx * scale, y + dy * scale, width, height, side) for dx, dy, side in _SIDES]
         costs = [sum(_overlap(b, t) for t in taken) + 20 * scale * _outside(b, frame) + k for k, b in enumerate(boxes)]
         k = costs.index(min(costs))
         taken.append(boxes[k])
         text = axes.annotate(
-            p.name,
+            "\n".join(lines),
             (p.x, p.y),
             xytext=_SIDES[k][:2],
             textcoords="offset points",

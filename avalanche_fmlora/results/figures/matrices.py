@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from avalanche_fmlora.results.figures.labels import wrapped
 from avalanche_fmlora.results.figures.style import WIDTH_IN, column_figure, new_figure, per_cent, series_of
 from avalanche_fmlora.results.schema import Record
 
@@ -39,16 +39,16 @@ def accuracy_matrix(records: Iterable[Record]) -> Figure:
     columns = min(len(series), 2 if len(series) <= 4 else 3)
     rows = math.ceil(len(series) / columns)
     figure = new_figure(2.9 if len(series) == 1 else rows * ((WIDTH_IN - 0.85) / columns + 0.27) + 0.25)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     low, high = (float(f([f(m) for m in means])) for f in (np.nanmin, np.nanmax))
     for axes, one, mean in zip(grid, series, means, strict=False):
         image = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high, aspect="equal")
         _ticks(axes, len(mean))
         runs = f"n = {len(one.runs)}"
-        axes.set_title(textwrap.fill(one.name, 24 if columns < 3 else 16) + (f", {runs}" if columns == 1 else ""))
+        axes.set_title(wrapped(one.name, 24 if columns < 3 else 16) + (f", {runs}" if columns == 1 else ""))
         if len(series) == 1 and len(mean) <= 10:
             _numbers(axes, mean, (low + high) / 2)
-    for axes in list(grid)[len(series) :]:
+    for axes in grid[len(series) :]:
         axes.set_visible(False)
     figure.supxlabel("evaluated on experience", fontsize=7)
     figure.supylabel("after training on experience", fontsize=7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from avalanche_fmlora.results.figures.labels import wrapped
 from avalanche_fmlora.results.figures.style import Series, column_figure, new_figure, series_of, title
 from avalanche_fmlora.results.schema import Experience, Record
 
@@ -12,13 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_POINTS = 120
+
 
 @column_figure
 def rank(records: Iterable[Record]) -> Figure:
     """Chosen rank per experience (and layer), and against the complexity and similarity it was chosen by.
 
-    Points are experiences of all runs; the line is the mean over runs. Where ranks differ between layers, the first
-    method's are a heat map too, layer against experience.
+    The line is the mean over runs; points are experiences of all runs, or a band of one standard deviation where they
+    would be too many. Where ranks differ between layers, the first method's are a heat map, layer against experience.
 
     Args:
         records: runs of one benchmark and protocol; methods that choose no rank are left out.
@@ -26,37 +29,56 @@ def rank(records: Iterable[Record]) -> Figure:
     Raises:
         ValueError: if no run chose a rank, or if runs are of several protocols.
     """
-    import numpy as np
-
     series = [s for s in series_of(records) if any(_measured(e) for run in s.runs for e in run.record["experiences"])]
     if not series:
         raise ValueError("Expected runs that choose a rank, fm_lora with `rank_selection` say, but none of these does.")
     layers = _layers(series[0])
-    figure = new_figure(3.4 if layers is None else 4.9)
+    several = len(series) > 1
+    figure = new_figure(3.4 + 1.5 * (layers is not None) + 0.15 * (len(series) + 1) * several)
     panels: list[Any] = [["rank", "rank"], ["complexity", "similarity"]]
     if layers is not None:
         panels.insert(1, ["layers", "layers"])
     axes: dict[str, Axes] = figure.subplot_mosaic(panels)
     for k, one in enumerate(series):
-        rows = [[e for e in run.record["experiences"] if e["rank"] is not None] for run in one.runs]
-        table = np.array([[float(e["rank"] or 0) for e in row] for row in rows])
-        x = np.arange(1, table.shape[1] + 1)
-        look = one.look
-        axes["rank"].plot(x, table.mean(0), linestyle=look.line, color=look.colour, label=one.name)
-        flat = [e for row in rows for e in row if _measured(e)]
-        points: dict[str, Any] = {"marker": look.marker, "s": 11, "facecolors": "none", "edgecolors": look.colour}
-        points["linewidths"] = 0.7
-        count = len(series) * len(table)
-        nudges = (np.arange(k * len(table), (k + 1) * len(table)) - (count - 1) / 2) * min(0.12, 0.7 / count)
-        axes["rank"].scatter((x + nudges[:, None]).ravel(), table.ravel(), **points)
+        _over_experiences(axes["rank"], one, k, len(series))
         for name in ("complexity", "similarity"):
-            measures: list[dict[str, Any]] = [dict(e) for e in flat]
-            known = [e for e in measures if e[name] is not None]
-            axes[name].scatter([e[name] for e in known], [e["rank"] for e in known], **points)
+            _against(axes[name], one, name, k - (len(series) - 1) / 2)
     _finish(axes, series)
+    if several:
+        figure.legend(*axes["rank"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     if layers is not None:
         _heat_map(figure, axes["layers"], layers, series[0].name)
     return figure
+
+
+def _over_experiences(axes: Axes, one: Series, k: int, count: int) -> None:
+    """The mean, and points beside each other for the runs of series `k` of `count`."""
+    import numpy as np
+
+    rows = [[e["rank"] for e in run.record["experiences"] if e["rank"] is not None] for run in one.runs]
+    ranks, look = np.array(rows, dtype=float), one.look
+    x, mean = np.arange(1, ranks.shape[1] + 1), ranks.mean(0)
+    if ranks.size * count > _MOST_POINTS:
+        std = ranks.std(0, ddof=1) if len(ranks) > 1 else np.zeros_like(mean)
+        axes.fill_between(x, mean - std, mean + std, color=look.colour, alpha=0.15, linewidth=0)
+    else:
+        places = k * len(ranks) + np.arange(len(ranks)) - (count * len(ranks) - 1) / 2
+        nudges = places * min(0.12, 0.7 / (count * len(ranks)))
+        axes.scatter((x + nudges[:, None]).ravel(), ranks.ravel(), **_points(one))
+    axes.plot(x, mean, linestyle=look.line, color=look.colour, label=wrapped(one.name, 26))
+
+
+def _against(axes: Axes, one: Series, name: str, place: float) -> None:
+    """Rank against a measure; series a little above each other, since ranks are few."""
+    experiences: list[dict[str, Any]] = [dict(e) for run in one.runs for e in run.record["experiences"] if _measured(e)]
+    known = [e for e in experiences if e[name] is not None]
+    ranks = [e["rank"] + 0.03 * place * max(e["rank"] for e in experiences) for e in known]
+    axes.scatter([e[name] for e in known], ranks, **_points(one))
+
+
+def _points(one: Series) -> dict[str, Any]:
+    look = one.look
+    return {"marker": look.marker, "s": 11, "facecolors": "none", "edgecolors": look.colour, "linewidths": 0.7}
 
 
 def _measured(experience: Experience) -> bool:
@@ -91,13 +113,12 @@ def _finish(axes: dict[str, Axes], series: Sequence[Series]) -> None:
     axes["complexity"].set_xlabel("complexity")
     axes["similarity"].set_xlabel("similarity to the past")
     axes["rank"].set_title((f"{series[0].name} on " if len(series) == 1 else "") + title(series), loc="left")
-    if len(series) > 1:
-        axes["rank"].legend(fontsize=6.5, frameon=False, loc="lower left", ncols=2)
 
 
 def _heat_map(figure: Figure, axes: Axes, layers: Any, name: str) -> None:
     image = axes.imshow(layers, cmap="cividis", aspect="auto", origin="lower", vmin=0)
-    axes.set_xticks(range(layers.shape[1]), [str(t + 1) for t in range(layers.shape[1])])
+    step = 1 + (layers.shape[1] - 1) // 10
+    axes.set_xticks(range(0, layers.shape[1], step), [str(t + 1) for t in range(0, layers.shape[1], step)])
     axes.set_xlabel("experience")
-    axes.set_ylabel(f"layer of {name}")
+    axes.set_ylabel(f"layer of\n{wrapped(name)}")
     figure.colorbar(image, ax=axes, label="rank", aspect=12)
