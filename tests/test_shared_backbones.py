@@ -20,6 +20,7 @@ from avalanche_fmlora.backbones import (
     SHORT_NAMES,
     Backbone,
     BackboneConfig,
+    fetch_backbone,
     file_sha256,
     full_name,
     known_backbones,
@@ -190,6 +191,25 @@ def test_a_sweep_reads_its_backbone_once_and_then_forgets_it(
     assert records[0]["accuracy_matrix"] == records[3]["accuracy_matrix"]
     shared_backbone(config(weights, image_size=16))
     assert reads.count("read_state") == 2
+
+
+def test_weights_of_the_hub_are_fetched_ahead_and_nothing_else(
+    weights: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, asked = timm.create_model, []
+
+    def served(name: str, pretrained: bool = False, **options: Any) -> Any:
+        asked.append(name) if pretrained else None
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", served)
+    for other in (config(weights), BackboneConfig(name="test_vit", pretrained=False), BackboneConfig()):
+        fetch_backbone(other)
+    assert reads == asked == []
+    hub = BackboneConfig(name="test_vit.r160_in1k", image_size=32)
+    fetch_backbone(hub)
+    assert shared_backbone(hub).tag == "test_vit.r160_in1k"
+    assert asked == ["test_vit.r160_in1k"]
 
 
 def test_short_names_are_full_tags_of_timm() -> None:

@@ -8,6 +8,7 @@ import functools
 
 from avalanche_fmlora.backbones.config import BackboneConfig
 from avalanche_fmlora.backbones.loading import Backbone, load_backbone
+from avalanche_fmlora.backbones.registry import EMBEDDED
 
 KEPT = 2
 """Loaded backbones that a process keeps, the latest used: one model's memory each."""
@@ -19,17 +20,32 @@ def shared_backbone(config: BackboneConfig) -> Backbone:
     Each caller gets a model of its own: nothing that is done to it, adapting and merging included, reaches the next
     caller's. :func:`release_backbones` gives the memory back.
     """
-    stamp = None
-    if config.weights is not None and config.weights.is_file():
-        stat = config.weights.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-    kept = _kept(config.model_dump_json(), stamp)
+    kept = _kept(config.model_dump_json(), _stamp(config))
     return dataclasses.replace(kept, model=copy.deepcopy(kept.model))
+
+
+def fetch_backbone(config: BackboneConfig) -> None:
+    """Have the hub's weights on this machine, before many runs start that need them; nothing to do for others.
+
+    Raises:
+        FileNotFoundError: if the hub can't be reached and the weights are not here; it names the way by a file.
+        ValueError: see :func:`load_backbone`.
+    """
+    if config.weights is None and config.pretrained and config.name != EMBEDDED:
+        _kept(config.model_dump_json(), None)
 
 
 def release_backbones() -> None:
     """Forget all loaded backbones; models handed out stay with their holders."""
     _kept.cache_clear()
+
+
+def _stamp(config: BackboneConfig) -> tuple[int, int] | None:
+    """Changes with the weights file."""
+    if config.weights is None or not config.weights.is_file():
+        return None
+    stat = config.weights.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 @functools.lru_cache(maxsize=KEPT)
