@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from avalanche_fmlora.backbones import BackboneConfig
+from avalanche_fmlora.backbones import BackboneConfig, fetch_backbone
 from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
@@ -159,7 +159,7 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
 def located(config: RunConfig, data_root: Path | None) -> RunConfig:
     """The same run with full paths, for a process with another working directory; its identity stays.
 
-    Data that are to be downloaded are fetched here, before any run of a sweep starts.
+    The hub's weights, and data that are to be downloaded, are fetched here, before any run of a sweep starts.
 
     Raises:
         FileNotFoundError: if a file is not there; it names each place looked at.
@@ -169,6 +169,7 @@ def located(config: RunConfig, data_root: Path | None) -> RunConfig:
     def find(path: Path) -> Path:
         return find_data(path, data_root).absolute()
 
+    fetch_backbone(config.backbone)
     config.benchmark.located(find)
     found: dict[str, Any] = {}
     for part, keys in (("benchmark", ("path", "split_file")), ("backbone", ("weights",))):

@@ -212,6 +212,21 @@ def test_weights_of_the_hub_are_fetched_ahead_and_nothing_else(
     assert asked == ["test_vit.r160_in1k"]
 
 
+def test_a_sweep_without_the_hub_stops_before_its_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained:
+            raise OSError("no network")
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    backbone = {"name": "test_vit.r160_in1k", "image_size": 32}
+    with pytest.raises(FileNotFoundError, match=r"no network.*--backbone test_vit.r160_in1k --weights /path/to/"):
+        sweep([make_run({"method": "ncm", "backbone": backbone})], tmp_path / "records")
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_short_names_are_full_tags_of_timm() -> None:
     tags = set(timm.list_models("vit_*", pretrained=True))
     assert set(SHORT_NAMES.values()) <= tags

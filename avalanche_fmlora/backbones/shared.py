@@ -32,12 +32,13 @@ def fetch_backbone(config: BackboneConfig) -> None:
         ValueError: see :func:`load_backbone`.
     """
     if config.weights is None and config.pretrained and config.name != EMBEDDED:
-        _kept(config.model_dump_json(), None)
+        _fetch_once(config.model_dump_json())
 
 
 def release_backbones() -> None:
     """Forget all loaded backbones; models handed out stay with their holders."""
     _kept.cache_clear()
+    _fetch_once.cache_clear()
 
 
 def _stamp(config: BackboneConfig) -> tuple[int, int] | None:
@@ -51,3 +52,8 @@ def _stamp(config: BackboneConfig) -> tuple[int, int] | None:
 @functools.lru_cache(maxsize=KEPT)
 def _kept(options: str, stamp: tuple[int, int] | None) -> Backbone:
     return load_backbone(BackboneConfig.model_validate_json(options))
+
+
+@functools.cache
+def _fetch_once(options: str) -> None:
+    _kept(options, None)
