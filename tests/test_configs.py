@@ -167,9 +167,12 @@ def test_codas_components_divide_among_the_experiences(benchmark: str, experienc
 
 
 @pytest.mark.parametrize("benchmark", ON_A_GPU)
-def test_fm_lora_has_the_librarys_defaults(benchmark: str) -> None:
-    options = run_of(benchmark, "fm_lora").resolved_method()
-    assert options.model_fields_set == {"precision", "seed"}
+def test_fm_lora_has_the_librarys_defaults_but_for_its_teacher_which_random_crops_would_silence(benchmark: str) -> None:
+    unified = expand(read_yaml(CONFIGS / benchmark / "unified.yaml"))
+    for config in (run_of(benchmark, "fm_lora"), *(c for c in unified if c.method == "fm_lora")):
+        options: Any = config.resolved_method()
+        assert options.model_fields_set == {"precision", "seed", "teacher"}
+        assert (config.benchmark.augment, options.teacher) == ("published", "every_step")
 
 
 def test_a_later_file_goes_before_an_earlier_one(tmp_path: Path) -> None:
