@@ -110,6 +110,7 @@ def test_joint_training_and_stored_statistics_do_not_compete() -> None:
     assert [line[1].strip() for line in lines[4:]] == [f"*{STATISTICS}*", "glyphs", f"*{JOINT}*", "glyphs"]
     assert "stored stats" in "".join(lines[0])
     assert "stored stats" not in render(summary_rows(several(statistics=None)))
+    assert list(dict.fromkeys(r["method"] for r in paired_rows(records))) == ["seq_lora", "ncm", "joint"]
     no_ours = [r for r in records if r["config"]["method"] != "fm_lora"]
     assert {r["reference"] for r in paired_rows(no_ours)} == {"seq_lora"}, "the best that competes"
 

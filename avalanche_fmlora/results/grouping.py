@@ -15,6 +15,8 @@ Pair: TypeAlias = tuple["int | None", int]
 
 JOINT = "all data at once (upper bound)"
 STATISTICS = "stores statistics of past data"
+BLOCKS = (None, STATISTICS, JOINT)
+"""What is beside what in a table, from top to bottom: those that compete first."""
 
 
 class Run(NamedTuple):
@@ -114,6 +116,14 @@ def protocols_of(records: Iterable[Record]) -> dict[tuple[str, str, str], list[R
 def apart_of(group: Sequence[Run]) -> str | None:
     """Why the runs of a group don't compete with other methods, if they don't."""
     return next((run.apart for run in group if run.apart), None)
+
+
+def row_order(row: Row) -> tuple[list[tuple[int, float, str]] | int, ...]:
+    """Sorts the rows of a table: benchmark, protocol, block, method, label."""
+    benchmark, protocol, method, label = (
+        natural(row[key] or "") for key in ("benchmark", "protocol", "method", "label")
+    )
+    return benchmark, protocol, BLOCKS.index(row["apart"]), method, label
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> Row:

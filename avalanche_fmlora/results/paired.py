@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from avalanche_fmlora.results.grouping import Pair, Row, Run, apart_of, groups_of, natural
+from avalanche_fmlora.results.grouping import Pair, Row, Run, apart_of, groups_of, row_order
 from avalanche_fmlora.results.schema import Metrics, Record
 
 METRICS = tuple(Metrics.__annotations__)
@@ -118,8 +118,7 @@ def paired_rows(records: Iterable[Record], reference: str | None = None) -> list
         for group in groups:
             if group is not chosen and any(run.finished for run in group):
                 rows += [_row(chosen, group, metric) for metric in METRICS]
-    names = ("benchmark", "protocol", "reference", "apart", "method", "label")
-    return sorted(rows, key=lambda row: [natural(row[name] or "") for name in names])
+    return sorted(rows, key=row_order)
 
 
 def known(group: Sequence[Run], metric: str) -> dict[Pair, float]:

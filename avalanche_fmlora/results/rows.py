@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from avalanche_fmlora.results.grouping import JOINT, STATISTICS, Pair, Row, Run, apart_of, groups_of, natural, runs_of
+from avalanche_fmlora.results.grouping import Pair, Row, Run, apart_of, groups_of, row_order, runs_of
 from avalanche_fmlora.results.paired import METRICS, best, statistics
 from avalanche_fmlora.results.schema import Cost, Record
 
@@ -89,16 +89,7 @@ def summary_rows(records: Iterable[Record]) -> list[Row]:
         row = _summary_row(group, wanted)
         row["best"] = " ".join(m for m in METRICS if winners[identity, m] is group) or None
         rows.append({column: row[column] for column in SUMMARY_COLUMNS})
-    blocks = {None: 0, STATISTICS: 1, JOINT: 2}
-    order = ("benchmark", "protocol"), ("method", "label")
-    return sorted(
-        rows,
-        key=lambda row: (
-            [natural(row[name] or "") for name in order[0]],
-            blocks[row["apart"]],
-            [natural(row[name] or "") for name in order[1]],
-        ),
-    )
+    return sorted(rows, key=row_order)
 
 
 def _summary_row(group: Sequence[Run], wanted: set[Pair]) -> Row:
