@@ -103,6 +103,27 @@ def test_an_offline_run_holds_what_avalanche_measured(
     assert len(json.loads(table.read_text())["data"]) >= 4
 
 
+def test_avalanches_tensorboard_logger_writes_what_was_measured(
+    make_strategy: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    from avalanche.logging import TensorboardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorboardLogger(str(tmp_path))
+    evaluator = EvaluationPlugin(accuracy_metrics(experience=True, stream=True), loggers=[board])
+    strategy = make_strategy("seq_lora", evaluator=evaluator)
+    strategy.train(class_benchmark.train_stream[0])
+    strategy.eval(class_benchmark.test_stream)
+    last = strategy.evaluator.get_last_metrics()
+    board.writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    written = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    wanted = {name: value for name, value in last.items() if "test_stream" in name}
+    assert len(wanted) == 4
+    assert {name: written[name] for name in wanted} == pytest.approx(wanted)
+
+
 def test_without_wandb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"avalanche-fmlora\[wandb\]"):
