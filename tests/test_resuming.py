@@ -26,7 +26,7 @@ from avalanche_fmlora.results.record import Record, find_record, read_records
 from avalanche_fmlora.strategies.registry import methods
 from avalanche_fmlora.sweep import run_and_write
 
-TIMES = {"train_s", "eval_s", "train_images_per_s", "peak_memory_bytes"}
+TIMES = {"train_s", "eval_s", "train_images_per_s", "peak_memory_bytes", "data_wait_s", "data_wait_share"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "fm_lora": {"rank": 4, "prompt_length": 2, "classifier": "class_mean", "row_transport": True},
     "dual_prompt": {"g_blocks": (0,), "e_blocks": (1,)},
