@@ -26,6 +26,8 @@ from avalanche_fmlora.executors import Executor, Resources, RunLost, make_execut
 from avalanche_fmlora.results.record import Record, read_records
 from avalanche_fmlora.sweep import sweep
 
+pytestmark = pytest.mark.timeout(900)  # whole processes start here, slowly on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def _workers_find_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

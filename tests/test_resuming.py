@@ -49,7 +49,7 @@ class _Stop(SupervisedPlugin):
 def strategies(make_vit: Any, class_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Runs are around a tiny ViT on tiny data; the list gets their strategies."""
     made: list[Any] = []
-    real = experiment._make_strategy
+    real = experiment.make_strategy
 
     def make_strategy(*arguments: Any) -> Any:
         made.append(real(*arguments))
@@ -59,7 +59,7 @@ def strategies(make_vit: Any, class_benchmark: Any, monkeypatch: pytest.MonkeyPa
         experiment, "make_backbone", lambda *_: Backbone(make_vit(), "tiny", "0" * 64, 16, (0.5,) * 3, (0.5,) * 3)
     )
     monkeypatch.setattr(experiment, "make_benchmark", lambda *_: class_benchmark)
-    monkeypatch.setattr(experiment, "_make_strategy", make_strategy)
+    monkeypatch.setattr(experiment, "make_strategy", make_strategy)
     monkeypatch.setattr(experiment, "ProgressPlugin", _Stop)
     monkeypatch.setattr(_Stop, "at", None)
     return made

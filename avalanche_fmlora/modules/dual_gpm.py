@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear
 
-
 ROUNDING = 1e-12
 """Shares of energy that differ by less are the same: where a threshold is met exactly, rounding must not decide."""
 
