@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from avalanche_fmlora.cli import main
+from avalanche_fmlora.cli.common import messages
 
 SMALL = [
     "--benchmark", "image_folder", "--n-experiences", "2", "--backbone", "test_vit", "--backbone.pretrained", "false",
@@ -175,3 +178,31 @@ def test_list_names_methods_and_their_options() -> None:
     lines = CliRunner().invoke(main, ["list"]).stdout.splitlines()
     assert {"fm_lora", "seq_lora", "linear_probe", "ncm", "joint"} <= {line.split()[0] for line in lines if line}
     assert "prompt_length = " in CliRunner().invoke(main, ["list", "fm_lora"]).stdout
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["run", "--epochs"], ["compare", "--rnak", "4"], ["table", "nowhere"]])
+def test_a_command_leaves_logging_and_warnings_as_they_were(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = logging.getLogger("avalanche_fmlora")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    filters = list(warnings.filters)
+    CliRunner().invoke(main, arguments)
+    assert (package.level, package.handlers, package.propagate) == (logging.NOTSET, [], True)
+    assert logging.root.handlers == []
+    assert warnings.filters == filters
+
+
+def test_messages_go_to_standard_error_while_a_command_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    logger = logging.getLogger("avalanche_fmlora.data.store")
+    with messages(logging.INFO):
+        logger.info("decoding")
+        logging.getLogger("timm").warning("old name")
+    logger.info("after")
+    with messages(logging.WARNING):
+        logger.info("not at this level")
+    assert capsys.readouterr().err == "decoding\nold name\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,13 +108,28 @@ def read_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     return {name.replace("-", "_"): text for name, text in pairs.items()}
 
 
-def prepare(level: int) -> None:
-    """Plain messages on standard error; silence about what other packages' imports have to say."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("avalanche_fmlora").setLevel(level)
+@contextmanager
+def messages(level: int) -> Iterator[None]:
+    """This package's messages, plain, on standard error while a command runs; silence about what other packages'
+    imports have to say. Loggers and warning filters are as before after it: a command may be a call among others.
+    """
     from avalanche_fmlora.executors import quiet_imports
 
-    quiet_imports()
+    package, handler = logging.getLogger("avalanche_fmlora"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    others = None if logging.root.handlers else handler  # a program with handlers of its own shows what it likes
+    before = package.level
+    package.setLevel(level)
+    if others is not None:
+        logging.root.addHandler(others)
+    try:
+        with warnings.catch_warnings():
+            quiet_imports()
+            yield
+    finally:
+        package.setLevel(before)
+        if others is not None:
+            logging.root.removeHandler(others)
 
 
 @contextmanager

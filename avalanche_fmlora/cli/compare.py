@@ -15,7 +15,7 @@ from avalanche_fmlora.cli.common import (
     FLEXIBLE,
     OPTIONS_HELP,
     SHORT,
-    prepare,
+    messages,
     read_flags,
     read_list,
     read_pairs,
@@ -71,8 +71,7 @@ def compare(
     Without arguments: all methods on the embedded characters. What is finished in --out is not run again, so the same
     command goes on after an interruption. A failed run stays failed, with its error, until --retry-failed.
     """
-    with user_errors():
-        prepare(logging.WARNING)
+    with user_errors(), messages(logging.WARNING):
         from avalanche_fmlora.executors import available_cores, make_executor
         from avalanche_fmlora.sweep import sweep
 

@@ -6,15 +6,14 @@ import logging
 
 import click
 
-from avalanche_fmlora.cli.common import prepare, user_errors
+from avalanche_fmlora.cli.common import messages, user_errors
 
 
 @click.command("list")
 @click.argument("name", metavar="[METHOD | backbones]", required=False)
 def list_(name: str | None) -> None:
     """List methods, the options of METHOD, or the short names of backbones."""
-    with user_errors():
-        prepare(logging.WARNING)
+    with user_errors(), messages(logging.WARNING):
         if name == "backbones":
             _list_backbones()
             return

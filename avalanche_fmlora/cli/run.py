@@ -11,7 +11,7 @@ from avalanche_fmlora.cli.common import (
     FLEXIBLE,
     OPTIONS_HELP,
     SHORT,
-    prepare,
+    messages,
     read_flags,
     running_options,
     show,
@@ -31,8 +31,7 @@ def run(
     threads: int | None,
 ) -> None:
     """Run METHOD once (default: fm_lora on the embedded characters) and write its record; a failed run is run again."""
-    with user_errors():
-        prepare(logging.INFO)
+    with user_errors(), messages(logging.INFO):
         from avalanche_fmlora.config import located, make_run, read_all, set_option
         from avalanche_fmlora.executors import available_cores
         from avalanche_fmlora.results.record import find_record
