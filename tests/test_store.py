@@ -159,6 +159,19 @@ def test_the_estimate_is_logged_before_any_image_is_decoded(
     assert "decoded 6 images" in said[1]
 
 
+def test_a_large_estimate_is_said_to_those_who_asked_for_warnings_only(
+    build: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(module, "_REPORT_EVERY_S", 0.0)
+    caplog.set_level(logging.WARNING)
+    build()
+    said = [r.message for r in caplog.records]
+    assert "pets: decoding 6 images once, shorter side 24 px, into about" in said[0]
+    assert said[1:-1] == [f"pets: {i} of 6 images decoded" for i in range(1, 7)]
+    assert said[-1].startswith("pets: decoded 6 images in ")
+
+
 def test_the_estimate_of_many_images_reads_256_headers(photos: Photos) -> None:
     read: list[int] = []
 

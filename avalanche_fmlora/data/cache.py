@@ -6,18 +6,25 @@ processes that build the same key write the same bytes, so whichever renames las
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 
 logger = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""Errors of a folder, against those of a disk."""
 
 _FORMAT = "avalanche_fmlora.images.v1"
 
@@ -89,6 +96,21 @@ def _store(folder: Path, key: str, images: np.ndarray) -> None:
     write_whole(folder / f"{key}.npy", lambda file: np.save(file, images, allow_pickle=False))
     facts = _facts(key, images, (folder / f"{key}.npy").stat().st_size)
     write_whole(folder / f"{key}.json", lambda file: file.write(json.dumps(facts).encode()))
+
+
+@contextlib.contextmanager
+def locked(path: Path, does: str) -> Iterator[None]:
+    """Held by one process at a time; a second one says that another process `does` something, and waits."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("Another process %s: waiting for it.", does)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import numpy as np
 from PIL import Image
 
-from avalanche_fmlora.data.cache import default_cache_dir, write_whole
+from avalanche_fmlora.data.cache import FULL, UNWRITABLE, default_cache_dir, locked, write_whole
 from avalanche_fmlora.data.decode import decode_whole, encoded_size, whole_images_only, whole_size
 
 logger = logging.getLogger(__name__)
@@ -33,8 +32,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = "avalanche_fmlora.store.v1"
 _ESTIMATED_FROM = 256
 _REPORT_EVERY_S = 30.0
+_LARGE_BYTES = 10**9
 _DIGEST_BYTES = 32
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoredImages:
@@ -127,12 +126,12 @@ def stored_images(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{key}.lock", title):
+        with locked(folder / f".{key}.lock", f"decodes the images of {title}"):
             found = _opened(folder, key, len(names))
             if found is None:
                 _build(folder, key, names, read, side, title, interpolation)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in UNWRITABLE:
             raise OSError(
                 error.errno,
                 f"Expected to store the decoded images of {title} in '{folder}' but it can't be written "
@@ -167,21 +166,6 @@ def _opened(folder: Path, key: str, count: int) -> StoredImages | None:
         return None
 
 
-@contextlib.contextmanager
-def _locked(path: Path, title: str) -> Iterator[None]:
-    """Held by one process at a time; a second one says that it waits."""
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logger.info("Another process decodes the images of %s: waiting for it.", title)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _build(
     folder: Path,
     key: str,
@@ -196,7 +180,9 @@ def _build(
         left.unlink(missing_ok=True)
     needed = estimated_bytes(read, len(names), side)
     free = shutil.disk_usage(folder).free
-    logger.info(
+    level = logging.INFO if needed < _LARGE_BYTES else logging.WARNING  # so much of a disk is said in any case
+    logger.log(
+        level,
         "%s: decoding %d images once, shorter side %d px, into about %s of '%s' (%s free)",
         *(title, len(names), side, _readable(needed), folder, _readable(free)),
     )
@@ -214,7 +200,7 @@ def _build(
 
     def fill(file: BinaryIO) -> None:
         with whole_images_only():
-            for row, image in enumerate(_in_order(decode, len(names), title)):
+            for row, image in enumerate(_in_order(decode, len(names), title, level)):
                 if isinstance(image, str):
                     broken.append(image)
                 elif not broken:
@@ -237,12 +223,12 @@ def _build(
         index: dict[str, Any] = {"format": f"{_FORMAT} {key}", "shapes": shapes, "digests": digests, "n_bytes": n_bytes}
         write_whole(folder / f"{key}.npz", lambda file: np.savez(file, **index))
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise _disk_full(title, folder, needed, shutil.disk_usage(folder).free) from error
         raise
 
 
-def _in_order(decode: Callable[[int], Any], count: int, title: str) -> Iterator[Any]:
+def _in_order(decode: Callable[[int], Any], count: int, title: str, level: int) -> Iterator[Any]:
     """``decode(0) … decode(count - 1)``, computed in parallel, a few ahead of what has been taken."""
     workers = os.cpu_count() or 1
     start = said = time.perf_counter()
@@ -255,10 +241,10 @@ def _in_order(decode: Callable[[int], Any], count: int, title: str) -> Iterator[
                 pending.append(pool.submit(decode, row + 4 * workers))
             if time.perf_counter() - said > _REPORT_EVERY_S:
                 said = time.perf_counter()
-                logger.info("%s: %d of %d images decoded", title, row + 1, count)
+                logger.log(level, "%s: %d of %d images decoded", title, row + 1, count)
     finally:
         pool.shutdown(cancel_futures=True)
-    logger.info("%s: decoded %d images in %.1f s", title, count, time.perf_counter() - start)
+    logger.log(level, "%s: decoded %d images in %.1f s", title, count, time.perf_counter() - start)
 
 
 def _disk_full(title: str, folder: Path, needed: int, free: int) -> OSError:

@@ -9,14 +9,15 @@ import logging
 import lzma
 import os
 import re
+import shutil
 import tarfile
-import uuid
 import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from avalanche_fmlora.data.archive import Entry, _skipped
+from avalanche_fmlora.data.cache import FULL, UNWRITABLE, locked, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class TarSource:
 
     Raises:
         ValueError: if it is no sound tar, or if a member leaves it or is a link.
-        OSError: if the disk of `cache_dir` is full.
+        OSError: if `cache_dir` can't be written or its disk is full.
     """
 
     def __init__(self, path: Path, cache_dir: Path) -> None:
@@ -81,21 +82,43 @@ def _plain(path: Path, identity: str, cache_dir: Path) -> Path:
     plain = cache_dir / f"{path.name.partition('.')[0]}-{key}.tar"
     if plain.exists():
         return plain
-    logger.info("Decompressing %s once into %s", path.name, cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    part = plain.with_name(f".{plain.name}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
-        with opener(path, "rb") as packed, open(part, "xb") as file:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir / f".{plain.name}.lock", f"decompresses {path.name}"):
+            if not plain.exists():
+                _decompress(path, opener, plain)
+    except OSError as error:
+        if error.errno in (*FULL, *UNWRITABLE):
+            free = shutil.disk_usage(next(p for p in (cache_dir, *cache_dir.parents) if p.is_dir())).free
+            raise OSError(
+                error.errno,
+                f"Expected to decompress '{path}' ({path.stat().st_size:,} bytes packed) once into '{cache_dir}' but "
+                f"that failed ({error.strerror}; {free:,} bytes are free there): make room, point `cache_dir` or "
+                "XDG_CACHE_HOME to another folder, or unpack the archive yourself and give the folder",
+            ) from error
+        raise
+    return plain
+
+
+def _decompress(path: Path, opener: Any, plain: Path) -> None:
+    """Write the whole archive to `plain`, or nothing; the caller holds the lock."""
+    for left in plain.parent.glob(f".{plain.name}.*.part"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    logger.info("Decompressing %s once into %s", path.name, plain.parent)
+
+    def fill(file: BinaryIO) -> None:
+        with opener(path, "rb") as packed:
             while chunk := packed.read(_CHUNK_BYTES):
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, plain)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+
+    try:
+        write_whole(plain, fill)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _torn(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return plain
+    except OSError as error:
+        if error.errno is None:  # gzip's and bzip2's word for broken data; a disk's errors have a number
+            raise _torn(path, error) from error
+        raise
 
 
 def _members(path: Path, file: BinaryIO) -> tuple[tuple[Entry, ...], frozenset[str], dict[str, int]]:
