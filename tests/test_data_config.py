@@ -44,7 +44,7 @@ def test_arguments_are_those_of_the_builder() -> None:
         assert set(config.arguments()) <= keywords
         assert keywords - set(config.arguments()) <= {
             *("n_experiences", "domain_order", "split_file", "cache_dir"),
-            *("class_order_seed", "image_size", "mean", "std"),
+            *("class_order_seed", "image_size", "mean", "std", "train_transform", "eval_transform"),
         }
     assert BenchmarkConfig(name="split_cub200", augment="simple").augment == "simple"
     assert BenchmarkConfig(name="image_folder", path=Path("x")).arguments() == {"path": Path("x"), "augment": "none"}

@@ -9,6 +9,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from avalanche_fmlora.data.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, cl
 from avalanche_fmlora.data.download import RemoteFile
 from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, locate
+from avalanche_fmlora.data.transforms import Transform
 
 ARCHIVE = RemoteFile(CIFAR100.url, CIFAR100.filename, f"md5:{CIFAR100.tgz_md5}")
 
@@ -36,6 +38,12 @@ def remotes() -> tuple[RemoteFile, ...]:
     return (ARCHIVE,)
 
 
+def unpacked(folder: Path) -> set[str]:
+    """Names of published files whose content lies in `folder` already, unpacked."""
+    found = any((meta.parent / "train").is_file() for pattern in ("meta", "*/meta") for meta in folder.glob(pattern))
+    return {ARCHIVE.name} if found else set()
+
+
 def split_cifar100(
     path: PathLike | None = None,
     *,
@@ -46,6 +54,8 @@ def split_cifar100(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Preset = "published",
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     subset: bool = False,
     cache_dir: PathLike | None = None,
 ) -> Any:
@@ -55,13 +65,17 @@ def split_cifar100(
 
     Args:
         path: the archive cifar-100-python.tar.gz, or a folder that holds it or its files `train`, `test` and `meta`.
-        download: fetch the archive (169 MB) into the folder `path`, or below the cache folder if that is None.
+        download: fetch the archive (169 MB) into the folder `path`, or below the cache folder if that is None;
+            nothing if it is there unpacked.
         n_experiences: must divide the number of classes.
         class_order_seed: draws the order of the classes; None is the official one, by name.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
         augment: see :func:`avalanche_fmlora.data.transforms.make_transforms`.
+        train_transform: in place of the preset's: a stored image, uint8 [3, H, W] -> uint8 [3, S, S] with S the
+            `image_size`; conversion to float, `mean` and `std` follow it.
+        eval_transform: the same for test images, and for training images in passes without augmentation.
         subset: accept files with other checksums than the official ones.
         cache_dir: where the archive is decompressed to; None is `$XDG_CACHE_HOME/avalanche_fmlora` (or `~/.cache/…`).
 
@@ -74,14 +88,18 @@ def split_cifar100(
         ValueError: if files are missing or not the official ones; the message names them.
         OSError: if a disk is full.
     """
-    options = Options("split_cifar100", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
+    options = Options(
+        *("split_cifar100", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
+        train_transform,
+        eval_transform,
+    )
     transforms = options.transforms
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         if _folder(files) is None and (archive := files.archive_for(options.title, ARCHIVE)):
             files.add_archive(archive)
-        train = _image_set(_unpickled(files, options, *CIFAR100.train_list[0]))
-        test = _image_set(_unpickled(files, options, *CIFAR100.test_list[0]))
-        classes = _unpickled(files, options, CIFAR100.meta["filename"], CIFAR100.meta["md5"])[CIFAR100.meta["key"]]
+        train, test = (_image_set(files, options, *entry) for entry in (CIFAR100.train_list[0], CIFAR100.test_list[0]))
+        meta, key = CIFAR100.meta["filename"], CIFAR100.meta["key"]
+        (classes,) = _unpickled(files, options, meta, CIFAR100.meta["md5"], [key])
         return class_incremental(
             options.name,
             train,
@@ -104,8 +122,8 @@ def _folder(files: Files) -> str | None:
     return None
 
 
-def _unpickled(files: Files, options: Options, name: str, md5: str) -> dict[str, Any]:
-    """The content of one of the three files."""
+def _unpickled(files: Files, options: Options, name: str, md5: str, keys: Sequence[str]) -> list[Any]:
+    """What one of the three files holds under these keys."""
     base = _folder(files)
     if base is None:
         raise ValueError(
@@ -121,7 +139,12 @@ def _unpickled(files: Files, options: Options, name: str, md5: str) -> dict[str,
         raise ValueError(f"`{name}` in '{files.path}' is no pickle of arrays ({error}): fetch it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Expected `{name}` in '{files.path}' to hold a dictionary but got {type(content).__name__}.")
-    return content
+    if lacking := [key for key in keys if key not in content]:
+        raise ValueError(
+            f"Expected `{name}` in '{files.path}' to hold {list(keys)} but {lacking} are not there: give CIFAR-100's "
+            "files in their Python version."
+        )
+    return [content[key] for key in keys]
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -133,6 +156,7 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _image_set(content: dict[str, Any]) -> ImageSet:
-    pixels = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
-    return ImageSet(np.ascontiguousarray(pixels), np.asarray(content["fine_labels"], dtype=np.int64))
+def _image_set(files: Files, options: Options, name: str, md5: str) -> ImageSet:
+    data, labels = _unpickled(files, options, name, md5, ["data", "fine_labels"])
+    pixels = np.asarray(data, dtype=np.uint8).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+    return ImageSet(np.ascontiguousarray(pixels), np.asarray(labels, dtype=np.int64))

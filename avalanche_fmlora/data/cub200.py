@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from avalanche_fmlora.data.archive import Entry, Placed, some
@@ -10,6 +11,7 @@ from avalanche_fmlora.data.base import IMAGENET_MEAN, IMAGENET_STD
 from avalanche_fmlora.data.download import RemoteFile
 from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, class_benchmark, list_hash, locate
+from avalanche_fmlora.data.transforms import Transform
 
 # Size and checksum as TensorFlow Datasets lists them (url_checksums/caltech_birds2011.txt); Avalanche lists an MD5.
 ARCHIVE = RemoteFile(
@@ -28,6 +30,14 @@ def remotes() -> tuple[RemoteFile, ...]:
     return (ARCHIVE,)
 
 
+def unpacked(folder: Path) -> set[str]:
+    """Names of published files whose content lies in `folder` already, unpacked."""
+    found = any(
+        (path.parent / "images").is_dir() for above in ("", "*/") for path in folder.glob(f"{above}{_LISTS[0]}")
+    )
+    return {ARCHIVE.name} if found else set()
+
+
 def split_cub200(
     path: PathLike | None = None,
     *,
@@ -38,6 +48,8 @@ def split_cub200(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Preset = "published",
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     subset: bool = False,
     cache_dir: PathLike | None = None,
 ) -> Any:
@@ -46,14 +58,18 @@ def split_cub200(
     Args:
         path: the archive CUB_200_2011.tgz, or a folder that holds it or its content: `images.txt`,
             `train_test_split.txt`, `image_class_labels.txt` and `images/<class>/<image>`.
-        download: fetch the archive (1.2 GB) into the folder `path`, or below the cache folder if that is None. To be
-            read in place it is decompressed once into the cache folder (1.2 GB more).
+        download: fetch the archive (1.2 GB) into the folder `path`, or below the cache folder if that is None;
+            nothing if it is there unpacked. To be read in place it is decompressed once into the cache folder (1.2 GB
+            more).
         n_experiences: must divide the number of classes.
         class_order_seed: draws the order of the classes; None is the official one.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
         augment: see :func:`avalanche_fmlora.data.transforms.make_transforms`.
+        train_transform: in place of the preset's: a stored image, uint8 [3, H, W] -> uint8 [3, S, S] with S the
+            `image_size`; conversion to float, `mean` and `std` follow it.
+        eval_transform: the same for test images, and for training images in passes without augmentation.
         subset: accept another number of images or classes than 11,788 and 200.
         cache_dir: where decoded images are kept; None is `$XDG_CACHE_HOME/avalanche_fmlora` (or `~/.cache/…`).
 
@@ -66,7 +82,11 @@ def split_cub200(
         ValueError: if files are missing or broken; the message names them.
         OSError: if a disk is full.
     """
-    options = Options("split_cub200", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
+    options = Options(
+        *("split_cub200", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
+        train_transform,
+        eval_transform,
+    )
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         placed, classes = _images(files, options)
         return class_benchmark(

@@ -23,6 +23,7 @@ from avalanche_fmlora.data.published import (
     list_hash,
     locate,
 )
+from avalanche_fmlora.data.transforms import Transform
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 """In the order of :func:`domainnet` unless another is given: that of the data set's page, which is the alphabet's."""
@@ -64,6 +65,13 @@ def remotes(domains: Sequence[str] = DOMAINS) -> tuple[RemoteFile, ...]:
     return (*lists, *(_archive(domain) for domain in domains))
 
 
+def unpacked(folder: Path) -> set[str]:
+    """Names of published files whose content lies in `folder` already: lists below it, domains with class folders."""
+    domains = {d for d in DOMAINS for above in ("", "*/") if next(folder.glob(f"{above}{d}/*/*.*"), None)}
+    lists = {f"{name}.txt" for name in _LISTS if next(folder.glob(f"*/{name}.txt"), None)}
+    return {_archive(d).name for d in domains} | lists
+
+
 def _archive(domain: str) -> RemoteFile:
     folder, size, sha256 = _ARCHIVES[domain]
     return RemoteFile(f"{_SITE}/{folder}{domain}.zip", f"{domain}.zip", f"sha256:{sha256}", size)
@@ -79,6 +87,8 @@ def domainnet(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Preset = "published",
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     subset: bool = False,
     cache_dir: PathLike | None = None,
 ) -> Any:
@@ -89,13 +99,17 @@ def domainnet(
     Args:
         path: a folder with the lists `<domain>_train.txt` and `<domain>_test.txt` anywhere below it, and for each
             domain a folder `<domain>/<class>/<image>` or the archive `<domain>.zip`.
-        download: fetch lists and archives (18 GB) into the folder `path`, or below the cache folder if that is None.
+        download: fetch lists and archives (18 GB) into the folder `path`, or below the cache folder if that is None;
+            not those of a domain that is there unpacked.
         domain_order: the domains in order, which may be fewer than the six of :data:`DOMAINS`.
         class_order_seed: draws the order of the domains instead; None keeps `domain_order`.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
         augment: see :func:`avalanche_fmlora.data.transforms.make_transforms`.
+        train_transform: in place of the preset's: a stored image, uint8 [3, H, W] -> uint8 [3, S, S] with S the
+            `image_size`; conversion to float, `mean` and `std` follow it.
+        eval_transform: the same for test images, and for training images in passes without augmentation.
         subset: accept other lists than the official ones.
         cache_dir: where decoded images are kept; None is `$XDG_CACHE_HOME/avalanche_fmlora` (or `~/.cache/…`).
 
@@ -109,7 +123,11 @@ def domainnet(
         OSError: if a disk is full.
     """
     domains = check_domains(domain_order)
-    options = Options("domainnet", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
+    options = Options(
+        *("domainnet", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
+        train_transform,
+        eval_transform,
+    )
     with Files(locate(options.title, path, download, remotes(domains)), cache_dir) as files:
         placed, classes = _images(files, options, domains)
         lacking = {
@@ -139,6 +157,8 @@ def domainnet_cil(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Preset = "published",
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     subset: bool = False,
     cache_dir: PathLike | None = None,
 ) -> Any:
@@ -155,10 +175,16 @@ def domainnet_cil(
         mean: as there.
         std: as there.
         augment: as there.
+        train_transform: as there.
+        eval_transform: as there.
         subset: as there.
         cache_dir: as there.
     """
-    options = Options("domainnet_cil", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
+    options = Options(
+        *("domainnet_cil", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
+        train_transform,
+        eval_transform,
+    )
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         placed, classes = _images(files, options, DOMAINS)
         rule, digest = "official lists of the six domains, together", list_hash(placed)

@@ -15,6 +15,7 @@ from avalanche_fmlora.data.base import IMAGENET_MEAN, IMAGENET_STD
 from avalanche_fmlora.data.download import RemoteFile
 from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, class_benchmark, list_hash, locate
+from avalanche_fmlora.data.transforms import Transform
 
 # Size and checksum as TensorFlow Datasets lists them (datasets/imagenet_r/checksums.tsv).
 ARCHIVE = RemoteFile(
@@ -33,6 +34,13 @@ def remotes() -> tuple[RemoteFile, ...]:
     return (ARCHIVE,)
 
 
+def unpacked(folder: Path) -> set[str]:
+    """Names of published files whose content lies in `folder` already, unpacked."""
+    wnid = f"n{'[0-9]' * 8}"
+    found = any(path.is_dir() for above in ("", "*/", "*/*/") for path in folder.glob(f"{above}{wnid}"))
+    return {ARCHIVE.name} if found else set()
+
+
 def split_imagenet_r(
     path: PathLike | None = None,
     *,
@@ -43,6 +51,8 @@ def split_imagenet_r(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     augment: Preset = "published",
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     split_file: PathLike | None = None,
     subset: bool = False,
     cache_dir: PathLike | None = None,
@@ -55,13 +65,17 @@ def split_imagenet_r(
     Args:
         path: the archive imagenet-r.tar, or a folder that holds it or the class folders; where training and test images
             lie in folders of their own, these are put together first.
-        download: fetch the archive (2.2 GB) into the folder `path`, or below the cache folder if that is None.
+        download: fetch the archive (2.2 GB) into the folder `path`, or below the cache folder if that is None;
+            nothing if it is there unpacked.
         n_experiences: must divide the number of classes.
         class_order_seed: draws the order of the classes; None is the order of their WordNet ids.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
         augment: see :func:`avalanche_fmlora.data.transforms.make_transforms`.
+        train_transform: in place of the preset's: a stored image, uint8 [3, H, W] -> uint8 [3, S, S] with S the
+            `image_size`; conversion to float, `mean` and `std` follow it.
+        eval_transform: the same for test images, and for training images in passes without augmentation.
         split_file: another split, as the list of its *training* images; all others are test images. Plain text with one
             path a line (what follows a space is passed over), or YAML with the list under `data`, as published with
             CODA-Prompt (`imagenet-r_train.yaml`). Of each path the last two parts count, `<wnid>/<image>`.
@@ -77,7 +91,11 @@ def split_imagenet_r(
         ValueError: if files are missing or broken; the message names them.
         OSError: if a disk is full.
     """
-    options = Options("split_imagenet_r", image_size, mean, std, augment, class_order_seed, cache_dir, subset)
+    options = Options(
+        *("split_imagenet_r", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
+        train_transform,
+        eval_transform,
+    )
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         images = _images(files, options)
         if split_file is None:

@@ -24,7 +24,7 @@ from avalanche_fmlora.data.download import RemoteFile, fetch
 from avalanche_fmlora.data.presets import stored_side
 from avalanche_fmlora.data.store import StoredImages, stored_images
 from avalanche_fmlora.data.tarball import TAR_SUFFIXES, TarSource
-from avalanche_fmlora.data.transforms import Transforms, make_transforms
+from avalanche_fmlora.data.transforms import Transform, Transforms, make_transforms
 
 PathLike = str | os.PathLike[str]
 
@@ -45,7 +45,7 @@ def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[
         title: of the data set, as on the command line.
         path: what the user has; with `download`, the folder that the archives are kept in. None is a folder below
             :func:`~avalanche_fmlora.data.cache.default_cache_dir`.
-        download: fetch what is not there. An archive given as `path` is taken as it is.
+        download: fetch what is not there, packed or unpacked. An archive given as `path` is taken as it is.
         remotes: the published files.
 
     Raises:
@@ -54,8 +54,10 @@ def locate(title: str, path: PathLike | None, download: bool, remotes: Sequence[
     """
     place = default_cache_dir() / "downloads" / MODULES[title] if path is None else Path(path).expanduser()
     if download and not place.is_file():
+        here = importlib.import_module(f"avalanche_fmlora.data.{MODULES[title]}").unpacked(place)
         for remote in remotes:
-            fetch(remote, place)
+            if remote.name not in here:
+                fetch(remote, place)
     if not place.exists():
         raise FileNotFoundError(
             f"Expected {title} at '{place}' but nothing is there: type `--path FOLDER_OR_ARCHIVE` (path=…) if you have "
@@ -142,11 +144,14 @@ class Options:
     class_order_seed: int | None
     cache_dir: PathLike | None
     subset: bool
+    train_transform: Transform | None = None
+    eval_transform: Transform | None = None
 
     @property
     def transforms(self) -> Transforms:
         """Of training and test images."""
-        return make_transforms(self.augment, self.image_size, self.mean, self.std)
+        preset = make_transforms(self.augment, self.image_size, self.mean, self.std)
+        return preset.replaced(self.train_transform, self.eval_transform)
 
     @property
     def name(self) -> str:
@@ -157,8 +162,9 @@ class Options:
         """Raise ValueError unless the data set is whole or a part is asked for."""
         if not holds and not self.subset:
             raise ValueError(
-                f"Expected {self.title} to have {expected} but '{where}' has {found}: unpack or fetch it again "
-                "(`--download true`). If a part of it is meant, add `--benchmark.subset true` (subset=True)."
+                f"Expected {self.title} to have {expected} but '{where}' has {found}: unpack it again, or fetch it "
+                "into another folder (`--path NEW_FOLDER --download true`). If a part of it is meant, add "
+                "`--benchmark.subset true` (subset=True)."
             )
 
 

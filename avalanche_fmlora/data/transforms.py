@@ -94,6 +94,25 @@ class Transforms:
         """Of each channel, divided by."""
         return self.eval.finish.std
 
+    def replaced(self, train: Transform | None, evaluate: Transform | None) -> Transforms:
+        """With geometry of the caller's own for training or test images; conversion, mean and std stay.
+
+        Args:
+            train: uint8 image [3, H, W] -> uint8 [3, image_size, image_size]; None keeps this one.
+            evaluate: of test images, and of training images in passes without augmentation; None keeps this one.
+        """
+        if train is None and evaluate is None:
+            return self
+        said = {"train": train, "test": evaluate}
+        own = "; ".join(f"{which}: as given ({_name_of(given)})" for which, given in said.items() if given is not None)
+        return Transforms(
+            f"{self.name}, changed",
+            self.image_size,
+            self.train if train is None else ImageTransform([train], self.mean, self.std),
+            self.eval if evaluate is None else ImageTransform([evaluate], self.mean, self.std),
+            f"{own}; else {self.described}",
+        )
+
     def facts(self) -> dict[str, Any]:
         """For ``BenchmarkInfo.extra``."""
         return {"augment": self.name, "transforms": self.described}
@@ -149,6 +168,11 @@ def make_transforms(preset: str, image_size: int, mean: Sequence[float], std: Se
     return Transforms(
         preset, image_size, ImageTransform(train, mean, std), ImageTransform(evaluate, mean, std), described
     )
+
+
+def _name_of(transform: Transform) -> str:
+    """Without an address in memory, so that records of the same transform agree."""
+    return getattr(transform, "__name__", type(transform).__name__)
 
 
 def _resize(size: int | tuple[int, int]) -> Transform:
