@@ -144,6 +144,7 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
     done = fmlora(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "Expected a `rank` between" in done.stderr
+    assert done.stderr.endswith("Failed runs keep their error until the same command is given with --retry-failed.\n")
     states = {p.name.split("-")[0]: json.loads(p.read_text()) for p in (tmp_path / "runs" / "records").glob("*.json")}
     assert states["ncm"]["status"] == "finished"
     assert states["seq_lora"]["status"] == "failed"

@@ -115,21 +115,22 @@ def messages(level: int) -> Iterator[None]:
     """
     from avalanche_fmlora.executors import quiet_imports
 
-    package, handler = logging.getLogger("avalanche_fmlora"), logging.StreamHandler(sys.stderr)
+    root, package = logging.getLogger(), logging.getLogger("avalanche_fmlora")
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    others = None if logging.root.handlers else handler  # a program with handlers of its own shows what it likes
+    alone = not root.handlers  # a program with handlers of its own shows what it likes
     before = package.level
     package.setLevel(level)
-    if others is not None:
-        logging.root.addHandler(others)
+    if alone:
+        root.addHandler(handler)
     try:
         with warnings.catch_warnings():
             quiet_imports()
             yield
     finally:
         package.setLevel(before)
-        if others is not None:
-            logging.root.removeHandler(others)
+        if alone:
+            root.removeHandler(handler)
 
 
 @contextmanager
@@ -144,8 +145,8 @@ def user_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def show(records: Sequence[Record], out: Path) -> None:
-    """CSVs of all records in the folder, the table of these ones; exit status 1 if one failed."""
+def show(records: Sequence[Record], out: Path, mend: str) -> None:
+    """CSVs of all records in the folder, the table of these ones; exit status 1, and how to `mend` it, if one failed."""
     from avalanche_fmlora.comparison import one_line
     from avalanche_fmlora.results.record import read_records
     from avalanche_fmlora.results.table import render, summary_rows, write_csvs
@@ -157,4 +158,5 @@ def show(records: Sequence[Record], out: Path) -> None:
     for record in failed:
         click.echo(f"Failed: {one_line(record)}", err=True)
     if failed:
+        click.echo(mend, err=True)
         sys.exit(1)

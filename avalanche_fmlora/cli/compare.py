@@ -108,7 +108,7 @@ def compare(
                 retry_failed=retry_failed,
                 report=report,
             )
-        show(records, out)
+        show(records, out, "Failed runs keep their error until the same command is given with --retry-failed.")
 
 
 def _configs(files: tuple[Path, ...], arguments: Sequence[str], flags: dict[str, Any]) -> list[RunConfig]:

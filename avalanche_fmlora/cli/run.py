@@ -51,4 +51,4 @@ def run(
                 click.echo(f"It failed before ({record['error']}) and is run again.", err=True)
             config = located(config, data_root)
             record = run_and_write(config, out / "records", device, threads or available_cores(), progress=True)
-        show([record], out)
+        show([record], out, "Once that is mended, the same command runs it again.")
