@@ -146,7 +146,7 @@ def user_errors() -> Iterator[None]:
 
 
 def show(records: Sequence[Record], out: Path, mend: str) -> None:
-    """CSVs of all records in the folder, the table of these ones; exit status 1, and how to `mend` it, if one failed."""
+    """CSVs of all records in the folder, the table of these ones; if one failed, how to `mend` it and exit status 1."""
     from avalanche_fmlora.comparison import one_line
     from avalanche_fmlora.results.record import read_records
     from avalanche_fmlora.results.table import render, summary_rows, write_csvs
