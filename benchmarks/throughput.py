@@ -1,10 +1,12 @@
 """Speed and memory, as ratios measured in one run (absolute times differ from machine to machine).
 
     python benchmarks/throughput.py --out benchmarks/results/throughput.csv
+    python benchmarks/throughput.py --only input --threads 2   # some rows anew, the others stay
 
 FM-LoRA's training step against a bare PyTorch loop that trains a plain LoRA of the same rank on the same ViT; merged
 inference against the bare timm model; step time, memory and stored parameters at a late experience against an early
-one; a step of the prompt methods against one pass without autograd and one with, over the same tokens.
+one; a step of the prompt methods against one pass without autograd and one with, over the same tokens; reading images
+at 224 px from the cache against training a ViT-B/16 on them.
 
 The two sides of a ratio take turns, step by step, so that a busy machine slows both. Memory of
 FM-LoRA is what a step keeps for its backward pass; that of the prompt methods the most that is alive at once.
@@ -14,104 +16,26 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from steps import alternate, bare_step, in_training, make_strategy, make_stream, make_vit
 from torch import Tensor, nn
 
 from avalanche_fmlora.data.base import ImageSet, class_incremental
+from avalanche_fmlora.data.presets import stored_side
+from avalanche_fmlora.data.store import stored_images
+from avalanche_fmlora.data.transforms import make_transforms
 from avalanche_fmlora.modules.vit import forward_features
-
-
-class BareLoRA(nn.Module):
-    """W₀x with B A x added to its query and value parts, as short as it can be written."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base, self.dim = base, base.in_features
-        self.down = nn.Parameter(torch.randn(2, rank, self.dim) * self.dim**-0.5)
-        self.up = nn.Parameter(torch.zeros(2, self.dim, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, v = (F.linear(F.linear(x, self.down[i]), self.up[i]) for i in range(2))
-        return self.base(x) + torch.cat([q, torch.zeros_like(q), v], -1)
-
-
-def make_vit(options: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    return timm.create_model(options.model, pretrained=False, img_size=options.image_size, num_classes=0)
-
-
-def bare_step(options: argparse.Namespace, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    vit = make_vit(options).eval().requires_grad_(False)
-    for block in vit.blocks:
-        block.attn.qkv = BareLoRA(block.attn.qkv, options.rank)
-    head = nn.Linear(vit.num_features, 10)
-    trained = [p for p in [*vit.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, 1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(head(vit(images)), labels).backward()
-        optimizer.step()
-
-    return step
-
-
-def make_strategy(options: argparse.Namespace, **changes: Any) -> Any:
-    from avalanche_fmlora import FMLoRAStrategy
-
-    common = {"rank": options.rank, "train_mb_size": options.batch, "train_epochs": 1, "evaluator": None}
-    return FMLoRAStrategy(model=make_vit(options), **common, **changes)
-
-
-def make_stream(options: argparse.Namespace, n_experiences: int) -> Any:
-    """Random images: two classes an experience, one batch each."""
-    generator = torch.Generator().manual_seed(0)
-    classes = 2 * n_experiences
-    labels = torch.arange(classes).repeat_interleave(options.batch // 2)
-    side = options.image_size
-    pixels = torch.randint(0, 256, (len(labels), side, side, 3), generator=generator, dtype=torch.uint8)
-    data = ImageSet(pixels.numpy(), labels.numpy())
-    names = [str(i) for i in range(classes)]
-    return class_incremental("noise", data, data, names, n_experiences=n_experiences).train_stream
-
-
-def strategy_step(strategy: Any) -> Callable[[], None]:
-    """One iteration of Avalanche's own loop on the strategy's dataloader, as in training."""
-
-    def step() -> None:
-        strategy.training_epoch()
-
-    return step
-
-
-def in_training(strategy: Any, experience: Any) -> Callable[[], None]:
-    """Open an experience as `train` does, and leave it open: the returned step is one epoch of one batch."""
-    strategy.is_training = True
-    strategy.model.train()
-    strategy._eval_streams = []
-    strategy.experience = experience
-    strategy._before_training(num_workers=0)
-    strategy._before_training_exp(num_workers=0)
-    return strategy_step(strategy)
-
-
-def alternate(sides: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Smallest seconds of each side, taking turns."""
-    best = [float("inf")] * len(sides)
-    for _ in range(repeats):
-        for i, side in enumerate(sides):
-            start = time.perf_counter()
-            side()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
 
 
 def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -258,6 +182,68 @@ def prompt_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def photos(count: int) -> list[bytes]:
+    """JPEGs of 500 x 375 px, as large as ImageNet's usually are: smooth colours and some noise."""
+    rng, encoded = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+        noisy = smooth + rng.normal(0, 8, (375, 500, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def input_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Images a second of the pipeline of the published benchmarks, against those of the training that it feeds."""
+    changes = {"model": "vit_base_patch16_224", "image_size": 224, "batch": 8}
+    options = argparse.Namespace(**{**vars(options), **changes})
+    encoded, labels = photos(options.batch), torch.arange(options.batch).numpy() % 2
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{i}.jpg" for i in range(options.batch)]
+        side = stored_side("published", options.image_size)
+        stored = stored_images("0", names, encoded.__getitem__, side, title="photos", cache_dir=folder)
+        images = ImageSet(stored, labels)
+        unit: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        transforms = make_transforms("published", options.image_size, **unit)
+        stream = class_incremental("photos", images, images, "ab", n_experiences=1, transforms=transforms).train_stream
+        strategy = make_strategy(options)
+        in_training(strategy, stream[0])
+        bare = bare_step(options, torch.rand(options.batch, 3, 224, 224), torch.from_numpy(labels))
+        read_s, step_s = alternate([lambda: list(strategy.dataloader), bare], min(options.repeats, 3))
+        trained = make_strategy(options)
+        start = time.perf_counter()
+        trained.train(stream[0])
+        waiting = trained.data_wait_s / (time.perf_counter() - start)
+    print(f"{options.batch / read_s:.0f} images a second are read, {options.batch / step_s:.2f} are trained on")
+    reading = "reading an image at 224 px (cache, random resized crop, flip) / a bare LoRA step with it, ViT-B/16"
+    return [
+        {"what": reading, "ratio": read_s / step_s, "bound": 0.2},
+        {
+            "what": "share of FM-LoRA's training that waits for images, ViT-B/16 at 224 px",
+            "ratio": waiting,
+            "bound": 0.05,
+        },
+    ]
+
+
+GROUPS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "training": training_rows,
+    "inference": lambda options: [inference_row(options)],
+    "long": long_rows,
+    "prompts": prompt_rows,
+    "input": input_rows,
+}
+
+
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the file, those that are in `rows` too replaced, new ones behind them."""
+    with path.open(newline="") as file:
+        kept = {row["what"]: row for row in csv.DictReader(file)}
+    return list({**kept, **{row["what"]: row for row in rows}}.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="timm architecture, random weights")
@@ -267,17 +253,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--late", type=int, default=50, help="the late experience")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=GROUPS, help="measure these rows; those of other groups stay in the file")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/throughput.csv"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="no QP solver found")
-    rows = [*training_rows(options), inference_row(options), *long_rows(options), *prompt_rows(options)]
+    rows = [row for name, group in GROUPS.items() if options.only in (None, name) for row in group(options)]
     for row in rows:
         print(f"{row['what']:70} {row['ratio']:.3f} (bound {row['bound']})")
+        row["ratio"] = f"{row['ratio']:.3f}" if row["ratio"] >= 0.1 else f"{row['ratio']:.2g}"
+    with_others = merged(options.out, rows) if options.only and options.out.exists() else rows
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["what", "ratio", "bound"])
         writer.writeheader()
-        writer.writerows({**row, "ratio": f"{row['ratio']:.3f}"} for row in rows)
+        writer.writerows(with_others)
 
 
 if __name__ == "__main__":
