@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -209,3 +210,29 @@ def test_a_slow_transform_shows_in_the_strategys_waiting(make_strategy: Any, mak
     start = time.perf_counter()
     strategy.train(lazy.train_stream[0])
     assert 0.24 <= strategy.data_wait_s <= time.perf_counter() - start
+
+
+def test_images_are_read_with_one_thread_and_trained_on_with_all() -> None:
+    reading: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    def images() -> Iterator[int]:
+        for number in range(2):
+            reading.append(torch.get_num_threads())
+            yield number
+        raise OSError("the image is damaged")
+
+    def consume() -> None:
+        for number in TimedLoader(images(), lambda seconds: None):
+            seen.append((number, torch.get_num_threads()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(OSError, match="damaged"):
+            consume()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(0, 2), (1, 2)]
+    assert reading == [1, 1]

@@ -105,8 +105,28 @@ class TimedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         start = time.perf_counter()
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while True:
+            with one_thread():
+                batch = next(batches, _NONE_LEFT)
             self._add(time.perf_counter() - start)
+            if batch is _NONE_LEFT:
+                return
             yield batch
             start = time.perf_counter()
-        self._add(time.perf_counter() - start)
+
+
+_NONE_LEFT = object()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside, as in a loader's workers: an image's transforms are too small to be shared
+    out, and on busy cores the threads wait longer for each other than the work takes. No result depends on it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
