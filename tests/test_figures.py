@@ -23,10 +23,11 @@ from avalanche_fmlora.results.figures import (
     as_bytes,
     draw,
     forgetting,
+    heat_map,
     rank,
     save,
 )
-from avalanche_fmlora.results.figures.style import WIDTH_IN, series_of
+from avalanche_fmlora.results.figures.style import SCREEN_DPI, WIDTH_IN, series_of
 from avalanche_fmlora.results.record import Record, write_record
 
 
@@ -162,11 +163,28 @@ def test_long_names_and_many_experiences_leave_room_for_the_axes(kind: str) -> N
 def test_files_are_the_same_each_time(tmp_path: Path) -> None:
     paths = [save(accuracy_over_experiences(several()), tmp_path / name / "a.svg") for name in "xy"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    png = as_bytes(accuracy_over_experiences(several()), "png")
-    assert png == accuracy_over_experiences(several())._repr_png_()  # type: ignore[attr-defined]
-    assert int.from_bytes(png[16:20], "big") == round(300 * WIDTH_IN)
+    pngs = [as_bytes(accuracy_over_experiences(several()), "png") for _ in range(2)]
+    assert pngs[0] == pngs[1]
+    assert int.from_bytes(pngs[0][16:20], "big") == round(300 * WIDTH_IN)
     with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf"):
         save(accuracy_over_experiences(several()), tmp_path / "a.jpg")
+
+
+def test_a_notebook_shows_a_figure_as_wide_as_its_text() -> None:
+    figure = accuracy_over_experiences(several())
+    png = figure._repr_png_()  # type: ignore[attr-defined]
+    assert int.from_bytes(png[16:20], "big") == round(SCREEN_DPI * WIDTH_IN)
+    assert figure.dpi == SCREEN_DPI, "what IPython goes by, once pyplot is imported"
+
+
+def test_a_matrix_of_ones_own_is_drawn_as_that_of_a_record() -> None:
+    matrix = [[0.9, None], [0.5, 0.7]]
+    own, of_record = heat_map(matrix, "mine"), accuracy_matrix([record("a", matrix)])
+    assert texts(own.axes[0]) == texts(of_record.axes[0]) == ["90", "50", "70"]
+    assert own.axes[0].get_title() == "mine"
+    for figure in (own, of_record):
+        np.testing.assert_array_equal(figure.axes[0].images[0].get_array().filled(np.nan), np.array(matrix, float))  # type: ignore[union-attr]
+        assert figure.axes[0].images[0].get_clim() == (0.5, 0.9)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

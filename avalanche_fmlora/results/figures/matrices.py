@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from avalanche_fmlora.metrics import Matrix
 from avalanche_fmlora.results.figures.labels import wrapped
 from avalanche_fmlora.results.figures.style import WIDTH_IN, column_figure, new_figure, per_cent, series_of
 from avalanche_fmlora.results.schema import Record
@@ -42,21 +43,52 @@ def accuracy_matrix(records: Iterable[Record]) -> Figure:
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     low, high = (float(f([f(m) for m in means])) for f in (np.nanmin, np.nanmax))
     for axes, one, mean in zip(grid, series, means, strict=False):
-        image = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high, aspect="equal")
-        _ticks(axes, len(mean))
-        runs = f"n = {len(one.runs)}"
-        axes.set_title(wrapped(one.name, 24 if columns < 3 else 16) + (f", {runs}" if columns == 1 else ""))
+        runs = f", n = {len(one.runs)}" if columns == 1 else ""
+        _panel(axes, mean, wrapped(one.name, 24 if columns < 3 else 16) + runs, low, high)
         if len(series) == 1 and len(mean) <= 10:
             _numbers(axes, mean, (low + high) / 2)
     for axes in grid[len(series) :]:
         axes.set_visible(False)
+    _frame(figure, grid[0].images[0], shrink=0.8 if rows == 1 else 0.5)
+    return figure
+
+
+@column_figure
+def heat_map(R: Matrix, title: str = "") -> Figure:
+    """:func:`accuracy_matrix` of a single matrix: of :func:`avalanche_fmlora.metrics.matrix_of`, say.
+
+    Args:
+        R: accuracy on experience i (across) after training on t (down), fractions, shape [T, T]; what is unknown (NaN
+            or None) stays empty.
+        title: above it.
+    """
+    import numpy as np
+
+    matrix = np.array(R, dtype=float)
+    figure = new_figure(2.9)
+    axes = figure.subplots()
+    low, high = float(np.nanmin(matrix)), float(np.nanmax(matrix))
+    _panel(axes, matrix, title, low, high)
+    if len(matrix) <= 10:
+        _numbers(axes, matrix, (low + high) / 2)
+    _frame(figure, axes.images[0], shrink=0.8)
+    return figure
+
+
+def _panel(axes: Axes, matrix: Any, title: str, low: float, high: float) -> None:
+    axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high, aspect="equal")
+    _ticks(axes, len(matrix))
+    axes.set_title(title)
+
+
+def _frame(figure: Figure, image: Any, shrink: float) -> None:
+    """Names of the axes and the scale, once for all panels."""
     figure.supxlabel("evaluated on experience", fontsize=7)
     figure.supylabel("after training on experience", fontsize=7)
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8 if rows == 1 else 0.5, pad=0.02, aspect=25)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=shrink, pad=0.02, aspect=25)
     per_cent(bar.ax.yaxis)
     bar.set_label("accuracy [%]")
     bar.outline.set_linewidth(0.4)
-    return figure
 
 
 def _ticks(axes: Axes, count: int) -> None:
