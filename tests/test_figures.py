@@ -23,7 +23,7 @@ from avalanche_fmlora.results.figures import (
     as_bytes,
     draw,
     forgetting,
-    heat_map,
+    heat_maps,
     rank,
     save,
 )
@@ -177,14 +177,26 @@ def test_a_notebook_shows_a_figure_as_wide_as_its_text() -> None:
     assert figure.dpi == SCREEN_DPI, "what IPython goes by, once pyplot is imported"
 
 
-def test_a_matrix_of_ones_own_is_drawn_as_that_of_a_record() -> None:
+def test_matrices_of_ones_own_are_drawn_as_those_of_records() -> None:
     matrix = [[0.9, None], [0.5, 0.7]]
-    own, of_record = heat_map(matrix, "mine"), accuracy_matrix([record("a", matrix)])
-    assert texts(own.axes[0]) == texts(of_record.axes[0]) == ["90", "50", "70"]
-    assert own.axes[0].get_title() == "mine"
-    for figure in (own, of_record):
-        np.testing.assert_array_equal(figure.axes[0].images[0].get_array().filled(np.nan), np.array(matrix, float))  # type: ignore[union-attr]
-        assert figure.axes[0].images[0].get_clim() == (0.5, 0.9)
+    (own, *_), (of_record, *_) = heat_maps({"mine": matrix}).axes, accuracy_matrix([record("a", matrix)]).axes
+    assert texts(own) == texts(of_record) == ["90", "50", "70"]
+    assert (own.get_title(), of_record.get_title()) == ("mine", "a, n = 1")
+    for axes in (own, of_record):
+        (image,) = axes.images
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), np.array(matrix, float))
+        assert image.get_clim() == (0.5, 0.9)
+
+
+def test_matrices_side_by_side_share_a_scale_and_have_numbers_where_they_fit() -> None:
+    left, right, bar = heat_maps({"a": [[0.9, None], [0.1, 0.7]], "b": [[0.8, None], [0.5, 0.6]]}).axes
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (0.1, 0.9)
+    assert (texts(left), texts(right)) == (["90", "10", "70"], ["80", "50", "60"])
+    assert bar.get_ylabel() == "accuracy [%]"
+    assert not any(texts(axes) for axes in heat_maps(dict.fromkeys("ab", np.tri(7) / 2)).axes)
+    for wrong in ({}, {"a": [[0.5]], "b": [[0.5, 0.5], [0.5, 0.5]]}):
+        with pytest.raises(ValueError, match="of one shape"):
+            heat_maps(wrong)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
