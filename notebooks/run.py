@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 
 HERE = Path(__file__).parent
 METADATA = {
@@ -40,7 +41,13 @@ def execute(notebook: nbformat.NotebookNode, limit_s: float) -> None:
             record_timing=False,
             resources={"metadata": {"path": folder}},
         )
-        asyncio.run(asyncio.wait_for(client.async_execute(), limit_s))
+        start = time.perf_counter()
+        try:
+            asyncio.run(asyncio.wait_for(client.async_execute(), limit_s))
+        except (asyncio.TimeoutError, DeadKernelError) as error:  # stopped at the limit, it may look dead first
+            if time.perf_counter() - start < limit_s:
+                raise
+            raise TimeoutError(f"Expected a notebook to take at most {limit_s:g} s: it was stopped.") from error
     notebook.metadata = nbformat.from_dict(METADATA)
 
 
@@ -52,10 +59,11 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds that a notebook may take")
     arguments = parser.parse_args()
     for path in arguments.notebooks or sorted(HERE.glob("*.ipynb")):
+        print(path.name, end=": ", flush=True)
         notebook = nbformat.read(path, as_version=4)
         start = time.perf_counter()
         execute(notebook, arguments.limit_s)
-        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
         if arguments.in_place:
             nbformat.write(notebook, path)
 
