@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="files; all beside this script if left out")
     parser.add_argument("--in-place", action="store_true", help="keep the outputs")
-    parser.add_argument("--limit-s", type=float, default=300.0, help="seconds that a notebook may take")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds that a notebook may take")
     arguments = parser.parse_args()
     for path in arguments.notebooks or sorted(HERE.glob("*.ipynb")):
         print(path.name, end=": ", flush=True)
