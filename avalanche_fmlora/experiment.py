@@ -79,7 +79,7 @@ def run(
     backbone = make_backbone(config, data_root)
     benchmark = make_benchmark(config, backbone, data_root)
     torch.manual_seed(config.seed)
-    strategy = _make_strategy(config, backbone, device, len(benchmark.train_stream))
+    strategy = make_strategy(config, backbone, device, len(benchmark.train_stream))
     if progress:
         strategy.plugins.append(ProgressPlugin())
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)
@@ -119,7 +119,7 @@ def run(
     return record
 
 
-def _make_strategy(config: RunConfig, backbone: Backbone, device: str, n_experiences: int) -> ContinualStrategy:
+def make_strategy(config: RunConfig, backbone: Backbone, device: str, n_experiences: int) -> ContinualStrategy:
     """The strategy; methods that plan for a number of experiences (`n_tasks`) get it from the data unless set."""
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.training.plugins import EvaluationPlugin

@@ -26,6 +26,8 @@ from avalanche_fmlora.executors import Executor, Resources, RunLost, make_execut
 from avalanche_fmlora.results.record import Record, read_records
 from avalanche_fmlora.sweep import sweep
 
+pytestmark = pytest.mark.timeout(900)  # whole processes start here, slowly on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def _workers_find_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +185,7 @@ def whole(configs: list[RunConfig], tmp_path_factory: pytest.TempPathFactory) ->
 def result(record: Record) -> dict[str, Any]:
     """All that does not depend on the clock and the machine."""
     parts = {key: record[key] for key in ("id", "status", "error", "config", "benchmark", "accuracy_matrix", "metrics")}
-    seconds = ("train_s", "eval_s")
+    seconds = ("train_s", "eval_s", "data_wait_s")
     return {**parts, "rows": [{k: v for k, v in row.items() if k not in seconds} for row in record["experiences"]]}
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avalanche_fmlora.modules.dual_gpm import InputMoments, design_down, project_moment, update_memory
+from avalanche_fmlora.modules.dual_gpm import ROUNDING, InputMoments, design_down, project_moment, update_memory
 from avalanche_fmlora.strategies.inflora import InfLoRAPlugin, InfLoRAStrategy
 
 
@@ -26,7 +26,7 @@ def reference_memory(memory: np.ndarray | None, kind: str, moment: np.ndarray, t
         count, share = 0, 0.0
         for s in values:
             share += s * s / total
-            if share >= threshold:
+            if share >= threshold - ROUNDING:
                 break
             count += 1
         memory, kind = u[:, : max(count, 1)], "remove"
@@ -34,7 +34,7 @@ def reference_memory(memory: np.ndarray | None, kind: str, moment: np.ndarray, t
         u, values, _ = np.linalg.svd(moment - memory @ memory.T @ moment)
         covered = 1 - sum(s * s for s in values) / total
         count = 0
-        while count < size and covered < threshold:
+        while count < size and covered < threshold - ROUNDING:
             covered += values[count] ** 2 / total
             count += 1
         memory = np.hstack([memory, u[:, :count]])
@@ -42,7 +42,7 @@ def reference_memory(memory: np.ndarray | None, kind: str, moment: np.ndarray, t
         u, values, _ = np.linalg.svd(memory @ memory.T @ moment)
         left = sum(s * s for s in values) / total
         count = 0
-        while count < memory.shape[1] and left >= 1 - threshold:
+        while count < memory.shape[1] and left >= 1 - threshold - ROUNDING:
             left -= values[count] ** 2 / total
             count += 1
         if count:

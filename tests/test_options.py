@@ -71,7 +71,8 @@ INERT: dict[str, dict[str, str]] = {
     "joint": dict(_ONE_EXPERIENCE),
 }
 """Options of the frame that can't matter to a method; they are tested to change nothing at all."""
-NO_EFFECT_ON_RESULTS = {"cache_queries"}
+NO_EFFECT_ON_RESULTS = {"cache_queries", "teacher"}
+"""They spare passes where inputs repeat; see `test_options_of_speed_change_no_result` and `test_class_means.py`."""
 ONLY_WHERE_CLASSES_RECUR = {"recurring_rows"}
 
 

@@ -26,7 +26,7 @@ from avalanche_fmlora.results.record import Record, find_record, read_records
 from avalanche_fmlora.strategies.registry import methods
 from avalanche_fmlora.sweep import run_and_write
 
-TIMES = {"train_s", "eval_s", "train_images_per_s", "peak_memory_bytes"}
+TIMES = {"train_s", "eval_s", "train_images_per_s", "peak_memory_bytes", "data_wait_s", "data_wait_share"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "fm_lora": {"rank": 4, "prompt_length": 2, "classifier": "class_mean", "row_transport": True},
     "dual_prompt": {"g_blocks": (0,), "e_blocks": (1,)},
@@ -49,7 +49,7 @@ class _Stop(SupervisedPlugin):
 def strategies(make_vit: Any, class_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Runs are around a tiny ViT on tiny data; the list gets their strategies."""
     made: list[Any] = []
-    real = experiment._make_strategy
+    real = experiment.make_strategy
 
     def make_strategy(*arguments: Any) -> Any:
         made.append(real(*arguments))
@@ -59,7 +59,7 @@ def strategies(make_vit: Any, class_benchmark: Any, monkeypatch: pytest.MonkeyPa
         experiment, "make_backbone", lambda *_: Backbone(make_vit(), "tiny", "0" * 64, 16, (0.5,) * 3, (0.5,) * 3)
     )
     monkeypatch.setattr(experiment, "make_benchmark", lambda *_: class_benchmark)
-    monkeypatch.setattr(experiment, "_make_strategy", make_strategy)
+    monkeypatch.setattr(experiment, "make_strategy", make_strategy)
     monkeypatch.setattr(experiment, "ProgressPlugin", _Stop)
     monkeypatch.setattr(_Stop, "at", None)
     return made

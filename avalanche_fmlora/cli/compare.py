@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", help="Seeds of initial values and batches, as 0,1,2 [default: 0].")
 @click.option("--grid", multiple=True, metavar="FIELD=V,V,…", help="Values to try, as fm_lora.rank=8,16; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Run those again whose record says that they failed.")
+@click.option("--dry-run", is_flag=True, help="Show what would run and about how long it would take; run nothing.")
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -61,6 +62,7 @@ def compare(
     data_root: Path | None,
     device: str,
     retry_failed: bool,
+    dry_run: bool,
     executor: str | None,
     **flags: Any,
 ) -> None:
@@ -71,13 +73,31 @@ def compare(
     """
     with user_errors():
         prepare(logging.WARNING)
-        from avalanche_fmlora.executors import make_executor
+        from avalanche_fmlora.executors import available_cores, make_executor
         from avalanche_fmlora.sweep import sweep
 
         configs = _configs(config_files, context.args, flags)
         resources = _resources(flags, device)
         name = executor or ("processes" if resources.jobs != 1 else "local")
         chosen = make_executor(name, resources, out / "records")
+        if dry_run:
+            from avalanche_fmlora.planning import plan, plan_text
+
+            at_once = resources.jobs or {"local": 1, "processes": available_cores()}.get(name)
+            click.echo(
+                plan_text(
+                    plan(
+                        configs,
+                        out / "records",
+                        retry_failed=retry_failed,
+                        device=device,
+                        threads=chosen.threads(len(configs)),
+                        data_root=data_root,
+                    ),
+                    at_once,
+                )
+            )
+            return
         click.echo(f"{len(configs)} runs into {out}", err=True)
         with reporter(len(configs)) as report:
             records = sweep(

@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear
 
+ROUNDING = 1e-12
+"""Shares of energy that differ by less are the same: where a threshold is met exactly, rounding must not decide."""
+
 
 def project_moment(moment: Tensor, basis: Tensor, retain: bool) -> Tensor:
     """The part of the inputs' second moment that a new experience may use.
@@ -72,16 +75,16 @@ def update_memory(basis: Tensor, retain: bool, moment: Tensor, threshold: float)
     shares = values.square() / total
     before = shares.cumsum(0) - shares
     if retain:
-        taken = int((shares.sum() - before >= 1 - threshold).sum())
+        taken = int((shares.sum() - before >= 1 - threshold - ROUNDING).sum())
         taken = min(taken, basis.shape[1])
         if taken:
             rest = basis - left[:, :taken] @ (left[:, :taken].T @ basis)
             basis = torch.linalg.svd(rest, full_matrices=False)[0][:, : basis.shape[1] - taken]
         return basis, True
     if basis.shape[1] == 0:
-        taken = max(1, int((shares.cumsum(0) < threshold).sum()))
+        taken = max(1, int((shares.cumsum(0) < threshold - ROUNDING).sum()))
     else:
-        taken = int((1 - shares.sum() + before < threshold).sum())
+        taken = int((1 - shares.sum() + before < threshold - ROUNDING).sum())
     basis = torch.cat([basis, left[:, :taken]], 1)[:, : len(basis)]
     if basis.shape[1] <= len(basis) / 2:
         return basis, False

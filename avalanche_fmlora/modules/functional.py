@@ -260,11 +260,17 @@ def transport_gain(before: Tensor, after: Tensor, ridge: float) -> Tensor:
         before: normalised features, shape [M, D].
         after: the same images after the experience.
         ridge: as in :func:`ridge_transport`.
+
+    Returns:
+        A scalar; 0 where the drift is no more than the rounding of the features.
     """
     fit, held_out = slice(0, None, 2), slice(1, None, 2)
     drift = after[held_out] - before[held_out]
+    rounding = 8 * torch.finfo(before.dtype).eps * before[held_out].norm()
+    if drift.norm() <= rounding:
+        return drift.new_zeros(())
     error = drift - before[held_out] @ ridge_transport(before[fit], after[fit], ridge)
-    return 1 - error.square().sum() / drift.square().sum().clamp(min=1e-12)
+    return 1 - error.square().sum() / drift.square().sum()
 
 
 def transport_rows(rows: Tensor, transport: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class DataLoading(SupervisedTemplate):
     def batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of a data set on the device, in order, for a pass during training."""
         items = LoaderItems(dataset, finish=self._finish(dataset))
-        # A generator of its own: drawing nothing from the global one, a pass leaves the batches of training as they are.
+        # A generator of its own: a pass draws nothing from the global one, so that training's batches stay as they are.
         own = torch.Generator()
         loader = self._loader(items, batch_size=self.eval_mb_size, num_workers=self._num_workers, generator=own)
         for images, labels, *_ in TimedLoader(loader, self._add_wait):

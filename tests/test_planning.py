@@ -1,0 +1,131 @@
+"""What `--dry-run` says is what would be run, and its seconds are counted right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from avalanche_fmlora import planning
+from avalanche_fmlora.checkpoint import CheckpointFolder
+from avalanche_fmlora.cli import main
+from avalanche_fmlora.config import RunConfig, make_run
+from avalanche_fmlora.planning import Planned, Speed, plan, plan_text, rehearse
+from avalanche_fmlora.results.record import run_id
+from avalanche_fmlora.strategies.registry import methods
+from avalanche_fmlora.sweep import sweep
+
+
+def configuration(photos: Path, method: str = "seq_lora", order: int = 0, **options: Any) -> RunConfig:
+    return make_run(
+        {
+            "method": method,
+            "method_options": options,
+            "benchmark": {"name": "image_folder", "path": photos, "n_experiences": 2},
+            "backbone": {"name": "test_vit", "pretrained": False, "image_size": 32},
+            "training": {"epochs": 3, "batch_size": 8},
+            "class_order_seed": order,
+        }
+    )
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A tenth of a second an image and epoch, nothing else; the list gets what was rehearsed."""
+    rehearsed: list[str] = []
+
+    def known(config: RunConfig, *_: Any) -> Speed:
+        rehearsed.append(config.method)
+        return Speed(0.1, 0.0, 0.0)
+
+    monkeypatch.setattr(planning, "rehearse", known)
+    return rehearsed
+
+
+def test_finished_interrupted_failed_and_new_runs(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
+    done, broken, begun, new = (configuration(photos, order=order, rank=2) for order in range(4))
+    sweep([done], tmp_path, threads=1)
+
+    class Breaks:
+        def threads(self, count: int) -> int:
+            return 1
+
+        def run(self, tasks: Any, finish: Any) -> None:
+            from avalanche_fmlora.executors import RunLost
+
+            for key in tasks:
+                finish(key, RunLost("the worker died"))
+
+    sweep([broken], tmp_path, executor=Breaks())
+    folder = CheckpointFolder(tmp_path / "checkpoints" / run_id(begun.identity()))
+    folder.save(1, {}, {"any": "identity"})
+    before = sorted(tmp_path.rglob("*"))
+    runs = plan([done, broken, begun, new, new], tmp_path)
+    assert [r.state for r in runs] == ["finished", "failed", "goes on", "new"]
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+    images = [len(list((photos / "train").rglob("*.*")))]
+    assert runs[3].seconds == pytest.approx(0.1 * 3 * images[0])
+    assert runs[2].seconds == pytest.approx(0.1 * 3 * images[0] / 2)
+    assert [r.seconds for r in runs[:2]] == [0.0, 0.0]
+    assert speeds == ["seq_lora"], "orders share a rehearsal"
+    retried = plan([broken], tmp_path, retry_failed=True)
+    assert retried[0].state == "new"
+    text = plan_text(runs, at_once=2)
+    assert "class order 1, seed 0: failed: interrupted: the worker died" in text
+    assert "goes on after 1 experiences, about" in text
+    assert "4 runs, 1 finished, 1 failed, 2 to run." in text
+    assert "--retry-failed" in text
+
+
+def test_rates_share_a_rehearsal_and_sizes_do_not(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
+    runs = [{"lr_lora": 1e-3}, {"lr_lora": 2e-3}, {"rank": 2}, {"rank": 4}]
+    plan([configuration(photos, **options) for options in runs], tmp_path)
+    assert speeds == ["seq_lora"] * 3
+
+
+def test_missing_data_leave_an_estimate_open(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
+    lost = configuration(photos).model_copy(
+        update={"benchmark": configuration(photos).benchmark.model_copy(update={"path": tmp_path / "nowhere"})}
+    )
+    (run,) = plan([lost], tmp_path)
+    assert run.seconds is None
+    assert "nowhere" in str(run.error)
+    text = plan_text([run])
+    assert "no estimate: There is no " in text
+    assert "No estimate for 1 runs" in text
+    assert not speeds
+
+
+def test_what_several_at_once_take() -> None:
+    config = RunConfig()
+    runs = [Planned(config, "new", seconds=s) for s in (600.0, 60.0)]
+    assert "About 11 min of computing, 10 min with 2 runs at once" in plan_text(runs, 2), "the longest one sets the end"
+    assert "at once" not in plan_text(runs, None)
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_method_can_be_rehearsed(method: str, photos: Path) -> None:
+    blocks: dict[str, Any] = {
+        "dual_prompt": {"g_blocks": (0,), "e_blocks": (1,)},
+        "coda_prompt": {"blocks": (0, 1), "pool_size": 6},
+        "fm_lora": {"rank": 4},
+    }
+    speed = rehearse(configuration(photos, method, **blocks.get(method, {})), 2, "cpu")
+    assert (speed.epoch_s > 0) == (method != "ncm"), "class means take no epoch"
+    assert speed.around_s > 0
+    assert 0 < speed.test_s < 1
+
+
+def test_the_command_runs_nothing(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
+    arguments = [
+        "compare", "--dry-run", "--methods", "ncm,seq_lora", "--class-orders", "0,1", "--benchmark", "image_folder",
+        "--path", str(photos), "--n-experiences", "2", "--backbone", "test_vit", "--backbone.pretrained", "false",
+        "--image-size", "32", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "seq_lora on image_folder, class order 1, seed 0: new, about" in done.output
+    assert "4 runs, 4 to run." in done.output
+    assert not (tmp_path / "out").exists()
