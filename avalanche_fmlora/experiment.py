@@ -18,7 +18,7 @@ import torch
 
 from avalanche_fmlora.backbones import Backbone, shared_backbone
 from avalanche_fmlora.config import RunConfig, find_data
-from avalanche_fmlora.metrics import summarize
+from avalanche_fmlora.metrics import experience_accuracies, summarize
 from avalanche_fmlora.plugins.progress import ProgressPlugin
 from avalanche_fmlora.results.record import Cost, Metrics, Record, blank_record, environment
 from avalanche_fmlora.results.record import Experience as ExperienceRow
@@ -192,10 +192,9 @@ class _Loop:
         stream = [self.benchmark.test_stream[i] for i in seen]
         results = self.strategy.eval(stream, num_workers=self.num_workers)
         row: list[float | None] = [None] * len(self.benchmark.test_stream)
-        for name, value in results.items():
-            found = re.fullmatch(r"Top1_Acc_Exp/eval_phase/test_stream(?:/Task\d+)?/Exp(\d+)", name)
-            if found and int(found[1]) in seen:
-                row[int(found[1])] = float(value)
+        for i, accuracy in experience_accuracies(results).items():
+            if i in seen:
+                row[i] = accuracy
         self.matrix.append(row)
         self.tested_images += sum(len(e.dataset) for e in stream)
         self.test_passes += self.passes[0] - before

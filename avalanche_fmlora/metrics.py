@@ -8,8 +8,9 @@ Where a metric averages over earlier experiences and there is none (T = 1) it is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,6 +184,46 @@ def summarize(R: Matrix, n_test: Sequence[int] | NDArray[np.integer]) -> dict[st
         "learning_accuracy": math.nan if last_row_only else learning_accuracy(matrix),
     }
     return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def experience_accuracies(result: Mapping[str, Any]) -> dict[int, float]:
+    """Accuracy on each experience of the test stream, from what ``strategy.eval`` of Avalanche returned.
+
+    Args:
+        result: names of Avalanche's metrics -> values; those of ``accuracy_metrics(experience=True)`` count.
+
+    >>> experience_accuracies({"Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp002": 0.5, "Loss": 0.1})
+    {2: 0.5}
+    """
+    pattern = re.compile(r"Top1_Acc_Exp/eval_phase/test_stream(?:/Task\d+)?/Exp(\d+)")
+    return {int(found[1]): float(value) for name, value in result.items() if (found := pattern.fullmatch(name))}
+
+
+def matrix_of(results: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """The accuracy matrix of a pipeline of one's own, shape [T, T], NaN above the diagonal.
+
+    Args:
+        results: what ``strategy.eval`` of Avalanche returned after each of T experiences, for a stream with at least
+            the experiences seen so far and ``accuracy_metrics(experience=True)`` in the evaluator.
+
+    Raises:
+        ValueError: if the accuracy on an experience seen so far is not there.
+
+    >>> name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp00"
+    >>> matrix_of([{f"{name}0": 0.75}, {f"{name}0": 0.25, f"{name}1": 0.5}]).tolist()
+    [[0.75, nan], [0.25, 0.5]]
+    """
+    matrix = np.full((len(results), len(results)), math.nan)
+    for t, result in enumerate(results):
+        known = experience_accuracies(result)
+        missing = sorted(set(range(t + 1)) - set(known))
+        if missing:
+            raise ValueError(
+                f"Expected the accuracies on experiences 0 to {t} in `results[{t}]` but {missing} are missing: put "
+                "accuracy_metrics(experience=True) into the evaluator, and evaluate on test_stream[: t + 1]."
+            )
+        matrix[t, : t + 1] = [known[i] for i in range(t + 1)]
+    return matrix
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:

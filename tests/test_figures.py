@@ -23,10 +23,11 @@ from avalanche_fmlora.results.figures import (
     as_bytes,
     draw,
     forgetting,
+    heat_maps,
     rank,
     save,
 )
-from avalanche_fmlora.results.figures.style import WIDTH_IN, series_of
+from avalanche_fmlora.results.figures.style import SCREEN_DPI, WIDTH_IN, series_of
 from avalanche_fmlora.results.record import Record, write_record
 
 
@@ -162,11 +163,40 @@ def test_long_names_and_many_experiences_leave_room_for_the_axes(kind: str) -> N
 def test_files_are_the_same_each_time(tmp_path: Path) -> None:
     paths = [save(accuracy_over_experiences(several()), tmp_path / name / "a.svg") for name in "xy"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    png = as_bytes(accuracy_over_experiences(several()), "png")
-    assert png == accuracy_over_experiences(several())._repr_png_()  # type: ignore[attr-defined]
-    assert int.from_bytes(png[16:20], "big") == round(300 * WIDTH_IN)
+    pngs = [as_bytes(accuracy_over_experiences(several()), "png") for _ in range(2)]
+    assert pngs[0] == pngs[1]
+    assert int.from_bytes(pngs[0][16:20], "big") == round(300 * WIDTH_IN)
     with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf"):
         save(accuracy_over_experiences(several()), tmp_path / "a.jpg")
+
+
+def test_a_notebook_shows_a_figure_as_wide_as_its_text() -> None:
+    figure = accuracy_over_experiences(several())
+    png = figure._repr_png_()  # type: ignore[attr-defined]
+    assert int.from_bytes(png[16:20], "big") == round(SCREEN_DPI * WIDTH_IN)
+    assert figure.dpi == SCREEN_DPI, "what IPython goes by, once pyplot is imported"
+
+
+def test_matrices_of_ones_own_are_drawn_as_those_of_records() -> None:
+    matrix = [[0.9, None], [0.5, 0.7]]
+    (own, *_), (of_record, *_) = heat_maps({"mine": matrix}).axes, accuracy_matrix([record("a", matrix)]).axes
+    assert texts(own) == texts(of_record) == ["90", "50", "70"]
+    assert (own.get_title(), of_record.get_title()) == ("mine", "a, n = 1")
+    for axes in (own, of_record):
+        (image,) = axes.images
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), np.array(matrix, float))
+        assert image.get_clim() == (0.5, 0.9)
+
+
+def test_matrices_side_by_side_share_a_scale_and_have_numbers_where_they_fit() -> None:
+    left, right, bar = heat_maps({"a": [[0.9, None], [0.1, 0.7]], "b": [[0.8, None], [0.5, 0.6]]}).axes
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (0.1, 0.9)
+    assert (texts(left), texts(right)) == (["90", "10", "70"], ["80", "50", "60"])
+    assert bar.get_ylabel() == "accuracy [%]"
+    assert not any(texts(axes) for axes in heat_maps(dict.fromkeys("ab", np.tri(7) / 2)).axes)
+    for wrong in ({}, {"a": [[0.5]], "b": [[0.5, 0.5], [0.5, 0.5]]}):
+        with pytest.raises(ValueError, match="of one shape"):
+            heat_maps(wrong)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -161,7 +161,7 @@ def test_a_domain_that_lacks_a_class_is_named(tmp_path: Path, build: Any) -> Non
         ({"train/c0/deep/x.png": encoded()}, r"in no class folder: 'train/c0/deep/x.png'"),
         ({"val/c0/x.png": encoded()}, r"in no class folder: 'val/c0/x.png'"),
         ({"train/c1/0.png": b""}, r"1 of 16 images .*'train/c1/0.png' \(the file is empty\).*Replace or remove"),
-        ({"train/c1/0.png": b"no image at all"}, r"'train/c1/0.png' \(cannot identify"),
+        ({"train/c1/0.png": b"no image at all"}, r"'train/c1/0.png' \(cannot identify an image in its data\)"),
         (
             {"train/c1/0.png": encoded(size=(64, 64))[:-30], "test/c1/1.png": encoded(size=(64, 64))[:60]},
             r"2 of 16 images.*'test/c1/1.png'.*'train/c1/0.png'",

@@ -16,6 +16,7 @@ from avalanche_fmlora.metrics import (
     final_average_accuracy,
     forgetting,
     learning_accuracy,
+    matrix_of,
     paired_difference,
     pooled_accuracy,
     summarize,
@@ -198,3 +199,17 @@ def test_paired_difference_edges() -> None:
     for a, b in (([], []), ([1.0], [1.0, 2.0]), ([math.nan, 1.0], [0.0, 0.0])):
         with pytest.raises(ValueError, match=r"class orders|finite"):
             paired_difference(a, b)
+
+
+def test_the_matrix_of_avalanches_results() -> None:
+    name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
+    results: list[dict[str, float]] = [
+        {name.format(i): 0.1 * t + 0.01 * i for i in range(12)} | {"Top1_Acc_Stream/eval_phase/test_stream": 0.9}
+        for t in range(3)
+    ]
+    R = matrix_of(results)
+    np.testing.assert_allclose(R, [[0, np.nan, np.nan], [0.1, 0.11, np.nan], [0.2, 0.21, 0.22]])
+    assert matrix_of([{"Top1_Acc_Exp/eval_phase/test_stream/Exp000": 0.5}]).tolist() == [[0.5]], "without task labels"
+    del results[2][name.format(1)]
+    with pytest.raises(ValueError, match=r"0 to 2 in `results\[2\]` but \[1\] are missing: .*experience=True"):
+        matrix_of(results)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Only formats that PIL decodes by itself: EPS, for one, would start Ghostscript on a stranger's file.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -77,7 +77,10 @@ def encoded_size(data: bytes) -> tuple[int, int]:
 def _open(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN])
+    try:
+        return Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN])
+    except UnidentifiedImageError:  # Pillow names the buffer's address, which is another each time
+        raise UnidentifiedImageError("cannot identify an image in its data") from None
 
 
 def _opened(data: bytes) -> Image.Image:

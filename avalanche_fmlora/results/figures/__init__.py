@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from avalanche_fmlora.results.figures.curves import accuracy_over_experiences, forgetting
-from avalanche_fmlora.results.figures.matrices import accuracy_matrix
+from avalanche_fmlora.results.figures.matrices import accuracy_matrix, heat_maps
 from avalanche_fmlora.results.figures.ranks import rank
 from avalanche_fmlora.results.figures.style import as_bytes, save
 from avalanche_fmlora.results.figures.tradeoffs import accuracy_against_cost, accuracy_against_parameters
@@ -60,6 +60,7 @@ __all__ = [
     "as_bytes",
     "draw",
     "forgetting",
+    "heat_maps",
     "rank",
     "save",
 ]

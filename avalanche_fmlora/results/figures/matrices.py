@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from avalanche_fmlora.metrics import Matrix
 from avalanche_fmlora.results.figures.labels import wrapped
 from avalanche_fmlora.results.figures.style import WIDTH_IN, column_figure, new_figure, per_cent, series_of
 from avalanche_fmlora.results.schema import Record
@@ -36,27 +37,58 @@ def accuracy_matrix(records: Iterable[Record]) -> Figure:
             "Expected runs that were evaluated after each experience, but joint training is only at the end."
         )
     means = [np.array([run.record["accuracy_matrix"] for run in s.runs], dtype=float).mean(0) for s in series]
-    columns = min(len(series), 2 if len(series) <= 4 else 3)
-    rows = math.ceil(len(series) / columns)
-    figure = new_figure(2.9 if len(series) == 1 else rows * ((WIDTH_IN - 0.85) / columns + 0.27) + 0.25)
+    count = f", n = {len(series[0].runs)}" if len(series) == 1 else ""
+    return _panels([one.name for one in series], means, count)
+
+
+@column_figure
+def heat_maps(matrices: Mapping[str, Matrix]) -> Figure:
+    """The picture of :func:`accuracy_matrix` for accuracy matrices of one's own, on one scale.
+
+    Args:
+        matrices: name -> fractions, shape [T, T], the same T for all; what is unknown (NaN or None) stays empty. See
+            :func:`avalanche_fmlora.metrics.matrix_of`.
+
+    Raises:
+        ValueError: if there is none, or if they differ in shape.
+    """
+    import numpy as np
+
+    arrays = [np.array(R, dtype=float) for R in matrices.values()]
+    shapes = sorted({R.shape for R in arrays})
+    if len(shapes) != 1:
+        raise ValueError(f"Expected matrices of one shape [T, T] but got {shapes or 'none'}: draw a figure for each.")
+    return _panels(list(matrices), arrays)
+
+
+def _panels(names: Sequence[str], matrices: Sequence[Any], after_name: str = "") -> Figure:
+    import numpy as np
+
+    columns = min(len(names), 2 if len(names) <= 4 else 3)
+    rows = math.ceil(len(names) / columns)
+    figure = new_figure(2.9 if len(names) == 1 else rows * ((WIDTH_IN - 0.85) / columns + 0.27) + 0.25)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    low, high = (float(f([f(m) for m in means])) for f in (np.nanmin, np.nanmax))
-    for axes, one, mean in zip(grid, series, means, strict=False):
-        image = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high, aspect="equal")
-        _ticks(axes, len(mean))
-        runs = f"n = {len(one.runs)}"
-        axes.set_title(wrapped(one.name, 24 if columns < 3 else 16) + (f", {runs}" if columns == 1 else ""))
-        if len(series) == 1 and len(mean) <= 10:
-            _numbers(axes, mean, (low + high) / 2)
-    for axes in grid[len(series) :]:
+    low, high = (float(f([f(m) for m in matrices])) for f in (np.nanmin, np.nanmax))
+    for axes, name, matrix in zip(grid, names, matrices, strict=False):
+        axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high, aspect="equal")
+        _ticks(axes, len(matrix))
+        axes.set_title(wrapped(name, 24 if columns < 3 else 16) + after_name)
+        if len(matrix) <= (10, 6, 4)[columns - 1]:
+            _numbers(axes, matrix, (low + high) / 2)
+    for axes in grid[len(names) :]:
         axes.set_visible(False)
+    _frame(figure, grid[0].images[0], shrink=0.8 if rows == 1 else 0.5)
+    return figure
+
+
+def _frame(figure: Figure, image: Any, shrink: float) -> None:
+    """Names of the axes and the scale, once for all panels."""
     figure.supxlabel("evaluated on experience", fontsize=7)
     figure.supylabel("after training on experience", fontsize=7)
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8 if rows == 1 else 0.5, pad=0.02, aspect=25)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=shrink, pad=0.02, aspect=25)
     per_cent(bar.ax.yaxis)
     bar.set_label("accuracy [%]")
     bar.outline.set_linewidth(0.4)
-    return figure
 
 
 def _ticks(axes: Axes, count: int) -> None:
