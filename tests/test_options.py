@@ -34,7 +34,7 @@ ANOTHER: dict[str, Any] = {
     "max_samples": 6,
     "epsilon": 0.3,
     "clip_grad_norm": 1e-3,
-    "core_step": 0.5,
+    "core_step": 0.25,
     "seed": 1,
     "rank_selection": None,
 }
