@@ -1,0 +1,131 @@
+"""How much of a result is the classifier: one run, its class means read by several rules.
+
+    python benchmarks/prediction_rules.py --config benchmarks/configs/caltech100.yaml --class-order-seed 100 fm_lora ncm
+
+Each method trains once, with `class_mean` rows; after every experience the test images seen so far are encoded once and
+classified by each rule, so rules differ in nothing else. They are plain cosines to the class means, and cosines after
+whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept) or by the mean over all
+experiences so far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from avalanche_fmlora.config import RunConfig, make_run, merged, read_all
+from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
+from avalanche_fmlora.metrics import summarize
+from avalanche_fmlora.modules.functional import whitened_rows, within_class_covariance
+from avalanche_fmlora.plugins._passes import training_features
+
+SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+METRICS = ("final_average_accuracy", "average_anytime_accuracy", "forgetting", "learning_accuracy")
+FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS)
+
+
+def prediction_rows(means: Tensor, current: Tensor, running: Tensor) -> dict[str, Tensor]:
+    """Rows [K, C, D] of each rule from class means [K, C, D] and the two covariances [D, D]."""
+    rules = {"cosine": F.normalize(means, dim=-1)}
+    for name, covariance in (("whitened, current", current), ("whitened, running", running)):
+        for shrinkage in SHRINKAGES:
+            rows = whitened_rows(means.flatten(0, 1), covariance, shrinkage)
+            rules[f"{name}, λ={shrinkage:g}"] = rows.view_as(means)
+    return rules
+
+
+@torch.no_grad()
+def encoded(strategy: Any, dataset: Any) -> tuple[Tensor, Tensor]:
+    """Normalised features [M, D] and labels [M] of a data set under the model as it is."""
+    pairs = [(F.normalize(strategy.features(x).float(), dim=-1), y) for x, y in strategy.batches(dataset.eval())]
+    return torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def run(config: RunConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
+    """One row of the CSV for each rule."""
+    backbone = make_backbone(config, data_root)
+    benchmark = make_benchmark(config, backbone, data_root)
+    count = len(benchmark.train_stream)
+    torch.manual_seed(config.seed)
+    strategy = make_strategy(config, backbone, "cpu", count)
+    matrices: dict[str, list[list[float | None]]] = {}
+    running, samples = torch.zeros(()), 0
+    for t, experience in enumerate(benchmark.train_stream):
+        strategy.train(experience)
+        strategy.model.eval()
+        strategy.experience = experience  # whose images the covariance is of
+        features, labels = training_features(strategy)
+        current, samples = within_class_covariance(features, labels), samples + len(labels)
+        running = running + (current - running) * len(labels) / samples
+        head = strategy.model.head
+        rules = prediction_rows(head.means if len(head.means) else head.rows[None], current, running)
+        for name in rules:
+            matrices.setdefault(name, []).append([None] * count)
+        for i in range(t + 1):
+            z, y = encoded(strategy, benchmark.test_stream[i].dataset)
+            for name, rows in rules.items():
+                logits = (z @ rows.flatten(0, 1).T).unflatten(-1, rows.shape[:2]).amax(-2)
+                predicted = logits.masked_fill(~head.seen, float("-inf")).argmax(-1)
+                matrices[name][t][i] = float((predicted == y).float().mean())
+    options = json.dumps(config.method_options, sort_keys=True)
+    known = {
+        "benchmark": benchmark.info.name,
+        "class_order_seed": config.class_order_seed,
+        "method": config.method,
+        "options": options,
+    }
+    for name, matrix in matrices.items():
+        metrics = summarize(matrix, benchmark.info.n_test)
+        yield {**known, "rule": name, **{k: f"{metrics[k]:.4f}" for k in METRICS}}
+
+
+def write(path: Path, new: list[dict[str, Any]]) -> None:
+    """Into the CSV, in the place of older rows of the same run."""
+    key = FIELDS[:4]
+    replaced = {tuple(str(row[k]) for k in key) for row in new}
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row[k] for k in key) not in replaced]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows([*old, *new])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="+", help="each with options of its own, if any: 'fm_lora core_step=1.0'")
+    parser.add_argument("--config", type=Path, action="append", required=True, help="YAML files of a benchmark")
+    parser.add_argument("--class-order-seed", type=int, default=100)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction_rules.csv"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", message="no QP solver found|No loggers specified")
+    shared = read_all(arguments.config)
+    for axis in ("class_order_seeds", "methods"):
+        shared.pop(axis, None)
+    for words in arguments.methods:
+        name, *options = words.split()
+        own = {"classifier": "class_mean", **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in options)}}
+        extra = {"method": name, "method_options": own, "class_order_seed": arguments.class_order_seed}
+        rows = list(run(make_run(merged(shared, extra)), arguments.data_root))
+        write(arguments.out, rows)
+        for row in rows:
+            print(f"{words:30} {row['rule']:28} FAA {row[METRICS[0]]}  forgetting {row['forgetting']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The rule that a method predicts with scores in `benchmarks/prediction_rules.py` what a run of the method scores."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avalanche_fmlora.config import make_run
+from avalanche_fmlora.experiment import run
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    return importlib.import_module("prediction_rules")
+
+
+@pytest.mark.parametrize(
+    ("whitening", "covariance", "rule"),
+    [
+        (None, "current", "cosine"),
+        (0.3, "current", "whitened, current, λ=0.3"),
+        (1.0, "running", "whitened, running, λ=1"),
+    ],
+)
+def test_a_rule_is_what_a_run_with_it_scores(
+    script: Any, photos: Path, whitening: Any, covariance: str, rule: str
+) -> None:
+    options: dict[str, Any] = {
+        "method": "fm_lora",
+        "benchmark": {"name": "image_folder", "path": photos, "n_experiences": 2},
+        "backbone": {"name": "test_vit", "pretrained": False, "image_size": 32},
+        "training": {"epochs": 1, "batch_size": 8},
+    }
+    method_options = {"rank": 4, "whitening": whitening, "whitening_covariance": covariance}
+    config = make_run({**options, "method_options": method_options})
+    rows = {row["rule"]: row for row in script.run(config, None)}
+    assert len(rows) == 1 + 2 * len(script.SHRINKAGES)
+    metrics = run(config)["metrics"]
+    for name in script.METRICS:
+        assert float(rows[rule][name]) == pytest.approx(metrics[name], abs=6e-5)  # type: ignore[literal-required]
+
+
+def test_rows_of_the_same_run_are_replaced(script: Any, tmp_path: Path) -> None:
+    row = dict.fromkeys(script.FIELDS, "0")
+    path = tmp_path / "rules.csv"
+    script.write(path, [{**row, "method": "ncm", "rule": "a"}, {**row, "method": "ncm", "rule": "b"}])
+    script.write(path, [{**row, "method": "fm_lora", "rule": "a"}])
+    script.write(path, [{**row, "method": "ncm", "rule": "c"}])
+    with path.open() as file:
+        assert [(r["method"], r["rule"]) for r in csv.DictReader(file)] == [("fm_lora", "a"), ("ncm", "c")]
