@@ -15,6 +15,7 @@ from avalanche_fmlora.results.table import paired_rows, render, render_paired, s
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(p.parent for p in (ROOT / "benchmarks" / "results").glob("*/records"))
+TUNING = sorted(p.parent for p in (ROOT / "benchmarks" / "results" / "tuning").glob("*/records"))
 TEXT = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +35,17 @@ def test_the_table_and_the_csvs_are_current(folder: Path, tmp_path: Path) -> Non
         assert path.read_text() == (folder / path.name).read_text(), path.name
 
 
-@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", TUNING, ids=lambda p: p.name)
+def test_what_rates_were_chosen_from_is_no_class_order_of_a_table(folder: Path, tmp_path: Path) -> None:
+    records = read_records(folder / "records")
+    assert {r["seeds"]["class_order_seed"] for r in records} <= {100, 101, 102}
+    for path in write_csvs(records, tmp_path).values():
+        assert path.read_text() == (folder / path.name).read_text(), path.name
+    for folder in RESULTS:
+        assert not {r["seeds"]["class_order_seed"] for r in read_records(folder / "records")} & {100, 101, 102}
+
+
+@pytest.mark.parametrize("folder", [*RESULTS, *TUNING], ids=lambda p: p.name)
 def test_records_name_data_and_weights_but_no_folder(folder: Path) -> None:
     for record in read_records(folder / "records"):
         config = record["config"]
@@ -57,15 +68,16 @@ def test_a_configuration_still_names_the_data_and_training_of_its_records(name: 
     configs = expand(read_all([folder / f"{name}.yaml", folder / "unified.yaml"]))
     assert {c.benchmark.augment for c in configs} == {"none"}
     for record in read_records(ROOT / "benchmarks" / "results" / name / "records"):
-        (config,) = (
-            c
+        same = [
+            c.identity()
             for c in configs
             if (c.method, c.class_order_seed) == (record["config"]["method"], record["seeds"]["class_order_seed"])
-        )
-        again = config.identity()
-        for part in ("benchmark", "backbone", "training"):
-            assert again[part] == record["config"][part]
-        assert "num_workers" not in again["training"]
+        ]
+        assert same, record["config"]["method"]
+        for again in same:
+            for part in ("benchmark", "backbone", "training"):
+                assert again[part] == record["config"][part]
+            assert "num_workers" not in again["training"]
 
 
 def test_the_packaged_weights_are_those_of_the_log() -> None:
