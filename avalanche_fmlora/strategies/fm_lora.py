@@ -117,7 +117,9 @@ class FMLoRAStrategy(ContinualStrategy):
     """FM-LoRA for a timm ViT in any Avalanche pipeline; arguments of the frame in :class:`ContinualStrategy`.
 
     `rank_selection` and `meta_prompt` also take a plugin in the place of a configuration. Stored after any number of
-    experiences: bases, one core a map, one prompt, and one row a class.
+    experiences: bases, one core a map, one prompt, and of each class its row and the row whitened for prediction. Where
+    classes recur, `recurring_rows="per_experience"` keeps one row for each experience of a class: the head grows with
+    domains, which records count as `head_parameters`; the two other choices do not grow.
 
     >>> import timm
     >>> vit = timm.create_model("test_vit", num_classes=0)
