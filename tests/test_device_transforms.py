@@ -102,6 +102,18 @@ def test_a_plan_draws_what_the_transform_draws(preset: str) -> None:
         assert torch.equal(Crops.packed([crop]).finished()[0], want)
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])
+def test_a_plan_flips_as_often_as_the_transform(probability: float) -> None:
+    flip, image = v2.RandomHorizontalFlip(probability), noise(4, 5)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        want = flip(image)
+        torch.manual_seed(seed)
+        crop = planned([flip], image)
+        assert crop is not None
+        assert torch.equal(Crops.packed([crop]).finished()[0], want)
+
+
 def test_a_stored_image_is_cut_on_the_host_and_resized_once_on_the_device() -> None:
     side = stored_side("published", SIZE)
     image = noise(side, side + 9)

@@ -3,6 +3,7 @@
 An item leaves the host as the uint8 pixels of its crop with what is still to be done to them (:class:`Crop`), a batch
 as one flat buffer of such pixels (:class:`Crops`), which one copy moves whatever the crops' shapes are. The steps are
 torchvision's functions, those of the transforms that work item by item: on a CPU the pixels are the same to the bit.
+GPUs resize in float32 and round: where nothing overshoots, a pixel differs by at most 1 of 255.
 """
 
 from __future__ import annotations
