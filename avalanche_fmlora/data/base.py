@@ -98,8 +98,11 @@ class _TensorImages(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        # A copy, since a mapped file is read-only; a view of [H, W, 3], since torchvision resizes that fastest.
-        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1), self.targets[index]
+        image = self.images[index]
+        # A copy, which stored images give anyway, since a mapped file is read-only.
+        owned = image if isinstance(self.images, StoredImages) else np.array(image)
+        # A view of [H, W, 3], since torchvision resizes that fastest.
+        return torch.from_numpy(owned).permute(2, 0, 1), self.targets[index]
 
 
 def default_transform(mean: Sequence[float], std: Sequence[float], augment: Sequence[Transform] = ()) -> ImageTransform:

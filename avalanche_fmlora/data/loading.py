@@ -2,7 +2,8 @@
 
 A loader reads :class:`LoaderItems` instead of the data set itself. Each item's transforms draw from a seed of the run,
 the experience, the epoch and the item's index, so batches are the same with any number of workers. With `finish`, items
-stay uint8 and the strategy converts and normalises a whole batch where it trains; a quarter of the bytes is moved.
+stay uint8 and the strategy converts and normalises a whole batch where it trains; a quarter of the bytes is moved. With
+`crops` the presets' items are cut only, and resized and flipped there as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from avalanche_fmlora.data.transforms import Finish, leaves_finish
+from avalanche_fmlora.data.device_transforms import Crop, Crops, planned
+from avalanche_fmlora.data.transforms import Finish, ImageTransform, application
 
 
 class LoaderItems(Dataset[Any]):
@@ -27,22 +29,27 @@ class LoaderItems(Dataset[Any]):
         dataset: items (image, label, …).
         seeds: further numbers that the draws depend on, as a run's seed; None leaves them to the global generator.
         finish: what is left to the device, see :func:`finish_of`; None leaves nothing.
+        crops: with `finish`, leave resizing and flips to the device too, of transforms that can be planned
+            (:func:`~avalanche_fmlora.data.device_transforms.planned`); others give their uint8 pixels.
 
     Attributes:
         epoch: int64 [1] in shared memory, so that workers that outlive an epoch see it too; draws depend on it.
     """
 
-    def __init__(self, dataset: Any, seeds: Sequence[int] | None = None, finish: Finish | None = None) -> None:
+    def __init__(
+        self, dataset: Any, seeds: Sequence[int] | None = None, finish: Finish | None = None, crops: bool = False
+    ) -> None:
         self.dataset = dataset
         self.seeds = None if seeds is None else tuple(seeds)
         self.finish = finish
+        self.crops = crops
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        token = leaves_finish.set(self._leaves)
+        token = application.set(self._apply)
         try:
             if self.seeds is None:
                 return self.dataset[index]
@@ -50,21 +57,38 @@ class LoaderItems(Dataset[Any]):
             with drawn_from(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])):
                 return self.dataset[index]
         finally:
-            leaves_finish.reset(token)
+            application.reset(token)
 
-    def finished(self, images: Tensor) -> Tensor:
+    def finished(self, images: Tensor | Crops) -> Tensor:
         """A batch of this loader as the network takes it, wherever it lies."""
-        return images if self.finish is None or images.dtype != torch.uint8 else self.finish(images)
+        pixels = images.finished() if isinstance(images, Crops) else images
+        return pixels if self.finish is None or pixels.dtype != torch.uint8 else self.finish(pixels)
 
-    def _leaves(self, finish: Finish) -> bool:
-        return finish == self.finish
+    def collate(self, items: list[Any]) -> list[Any]:
+        """A batch: its images (a tensor or :class:`~avalanche_fmlora.data.device_transforms.Crops`), labels, …"""
+        images, *others = zip(*(tuple(item) for item in items), strict=True)
+        return [self._batch(images), *(default_collate(list(column)) for column in others)]
 
-    def collate(self, items: list[Any]) -> Any:
-        """A batch; where other data's float images are among the items, the rest become float here."""
-        if self.finish is not None and len({item[0].dtype for item in items}) > 1:
-            finish = self.finish
-            items = [(finish(item[0]) if item[0].dtype == torch.uint8 else item[0], *tuple(item)[1:]) for item in items]
-        return default_collate([tuple(item) for item in items])
+    def _apply(self, transform: ImageTransform, image: Tensor) -> Tensor | Crop:
+        if transform.finish != self.finish:
+            return transform.whole(image)
+        crop = planned(transform.geometry, image) if self.crops else None
+        return transform.shaped(image) if crop is None else crop
+
+    def _batch(self, images: Sequence[Tensor | Crop]) -> Tensor | Crops:
+        """Where other data's float images are among them, the rest become float here."""
+        raw = [isinstance(image, Crop) or image.dtype == torch.uint8 for image in images]
+        if self.finish is not None and any(raw) and not all(raw):
+            images = [self.finished(_alone(image)) for image in images]
+        if any(isinstance(image, Crop) for image in images):
+            return Crops.packed([image if isinstance(image, Crop) else Crop(image) for image in images])
+        batch: Tensor = default_collate(list(images))
+        return batch
+
+
+def _alone(image: Tensor | Crop) -> Tensor:
+    """An image's pixels, what a crop has left to the device done here."""
+    return Crops.packed([image]).finished()[0] if isinstance(image, Crop) else image
 
 
 @contextmanager
@@ -80,15 +104,22 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 
 def finish_of(dataset: Any) -> Finish | None:
-    """What the transform of the first item ends with, None if that is no transform of this package."""
-    heard: list[Finish] = []
-    token = leaves_finish.set(heard.append)
+    """What the first item's transform ends with; None if that is no transform of this package, or not the last one."""
+    if not len(dataset):
+        return None
+    applied: list[tuple[Finish, Tensor]] = []
+
+    def noted(transform: ImageTransform, image: Tensor) -> Tensor:
+        applied.append((transform.finish, transform.whole(image)))
+        return applied[-1][1]
+
+    token = application.set(noted)
     try:
         with drawn_from(0):
-            dataset[0]
+            item = dataset[0]
     finally:
-        leaves_finish.reset(token)
-    return heard[0] if heard else None
+        application.reset(token)
+    return applied[-1][0] if applied and item[0] is applied[-1][1] else None
 
 
 class TimedLoader:

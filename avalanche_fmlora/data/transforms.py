@@ -1,7 +1,8 @@
 """From a decoded uint8 image to the network's input: named presets, as torchvision v2 transforms.
 
 A preset is one choice for training and test images and for all methods of a comparison. Geometry (crops, flips) works
-on uint8, an image at a time; conversion to float and normalisation can be left to the device, a batch at a time.
+on uint8, an image at a time; a loader can leave all but draws and cuts to the device, a batch at a time
+(:mod:`avalanche_fmlora.data.loading`).
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ class Finish:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not all(self.std):
+            raise ValueError(f"Expected `std` to be of each channel and not 0 but got {self.std}.")
+
     def __call__(self, images: Tensor) -> Tensor:
         scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-        return v2.functional.normalize(scaled, list(self.mean), list(self.std))
-
-
-# Asked by each transform that ends with a Finish whether to leave it out: what a loader sets while it reads an item.
-leaves_finish: ContextVar[Callable[[Finish], bool | None]] = ContextVar("leaves_finish", default=lambda finish: False)
+        mean, std = (_of_channels(values, images.device) for values in (self.mean, self.std))
+        return scaled.sub(mean).div_(std)
 
 
 class ImageTransform:
@@ -57,13 +59,27 @@ class ImageTransform:
         self.finish = Finish(tuple(mean), tuple(std))
 
     def __call__(self, image: Tensor) -> Tensor:
+        applied: Tensor = application.get()(self, image)
+        return applied
+
+    def shaped(self, image: Tensor) -> Tensor:
+        """The geometry alone: uint8 [3, S, S]."""
         for step in self.geometry:
             image = step(image)
-        image = image.contiguous()  # a batch's memory format, and so the network's rounding, follows its items'
-        return image if leaves_finish.get()(self.finish) else self.finish(image)
+        return image.contiguous()  # a batch's memory format, and so the network's rounding, follows its items'
+
+    def whole(self, image: Tensor) -> Tensor:
+        """Geometry and finish, whatever a loader has set."""
+        return self.finish(self.shaped(image))
 
     def __repr__(self) -> str:
         return f"ImageTransform({list(self.geometry)}, {self.finish})"
+
+
+# How each ImageTransform is applied to its image: what a loader sets while it reads an item, to leave a part out.
+application: ContextVar[Callable[[ImageTransform, Tensor], Any]] = ContextVar(
+    "application", default=ImageTransform.whole
+)
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,11 @@ def make_transforms(preset: str, image_size: int, mean: Sequence[float], std: Se
     return Transforms(
         preset, image_size, ImageTransform(train, mean, std), ImageTransform(evaluate, mean, std), described
     )
+
+
+def _of_channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1], filled on the device: a copy from the host would wait for all that the device has to do."""
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def _name_of(transform: Transform) -> str:

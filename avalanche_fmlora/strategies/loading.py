@@ -1,4 +1,4 @@
-"""How strategies read their data: the same batches with any number of workers, pixels finished on the device."""
+"""How strategies read their data: the same batches with any number of workers, images resized on the device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from avalanche_fmlora.data.device_transforms import resizes_on
 from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of
 from avalanche_fmlora.data.transforms import Finish
 
@@ -27,7 +28,7 @@ class DataLoading(SupervisedTemplate):
     _num_workers: int = 0
 
     def finishes_on_device(self) -> bool:
-        """Whether pixels become float on the device, a batch at a time, instead of in the loader."""
+        """Whether the loader leaves resizing, flips and conversion to float to the device, a batch at a time."""
         return bool(self.device.type != "cpu")
 
     def make_train_dataloader(self, num_workers: int = 0, **kwargs: Any) -> None:
@@ -38,7 +39,7 @@ class DataLoading(SupervisedTemplate):
         if isinstance(made, DataLoader):  # its data set can't be replaced, so it is made anew
             arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **kwargs}
             arguments.pop("ffcv_args", None)
-            items = LoaderItems(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
+            items = self._items(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
             self.dataloader = self._loader(items, **arguments)
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
@@ -60,19 +61,25 @@ class DataLoading(SupervisedTemplate):
 
     def batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of a data set on the device, in order, for a pass during training."""
-        items = LoaderItems(dataset, finish=self._finish(dataset))
+        items = self._items(dataset, None, self._finish(dataset))
         # A generator of its own: a pass draws nothing from the global one, so that training's batches stay as they are.
         own = torch.Generator()
         loader = self._loader(items, batch_size=self.eval_mb_size, num_workers=self._num_workers, generator=own)
         for images, labels, *_ in TimedLoader(loader, self._add_wait):
-            yield items.finished(images.to(self.device)), labels.to(self.device)
+            yield (
+                items.finished(images.to(self.device, non_blocking=True)),
+                labels.to(self.device, non_blocking=True),
+            )
 
     def _wrap(self, *, seeded: bool) -> None:
         """In place, since Avalanche's loaders make torch's anew each epoch from the data sets they hold."""
         loader = self.dataloader
         if isinstance(loader, MultiDatasetDataLoader) and not _items_of(loader):
-            finish = self._finish(loader.datasets[0])
-            loader.datasets = [LoaderItems(d, self._seeds(seeded, i), finish) for i, d in enumerate(loader.datasets)]
+            finishes = [self._finish(dataset) for dataset in loader.datasets]
+            loader.datasets = [  # one batch holds items of all: what is left to the device is the same or nothing
+                self._items(dataset, self._seeds(seeded, i), finishes[0] if finishes[i] == finishes[0] else None)
+                for i, dataset in enumerate(loader.datasets)
+            ]
             loader.loader_kwargs["collate_fn"] = loader.datasets[0].collate
 
     def _seeds(self, seeded: bool, part: int = 0) -> tuple[int, int, int] | None:
@@ -80,6 +87,9 @@ class DataLoading(SupervisedTemplate):
 
     def _finish(self, dataset: Any) -> Finish | None:
         return finish_of(dataset) if self.finishes_on_device() else None
+
+    def _items(self, dataset: Any, seeds: tuple[int, int, int] | None, finish: Finish | None) -> LoaderItems:
+        return LoaderItems(dataset, seeds, finish, crops=finish is not None and resizes_on(self.device))
 
     def _loader(self, items: LoaderItems, **arguments: Any) -> DataLoader[Any]:
         return DataLoader(items, collate_fn=items.collate, **self._obtain_common_dataloader_parameters(**arguments))
