@@ -6,6 +6,7 @@ Each method trains once, with `class_mean` rows; after every experience the test
 classified by each rule, so rules differ in nothing else. They are plain cosines to the class means, and cosines after
 whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept) or by the mean over all
 experiences so far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
+Without methods, the CSV is printed as a table.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ from avalanche_fmlora.plugins._passes import training_features
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 METRICS = ("final_average_accuracy", "average_anytime_accuracy", "forgetting", "learning_accuracy")
+SHOWN = {
+    "cosine": "cosines",
+    "whitened, current, λ=0.1": "whitened, λ = 0.1",
+    "whitened, current, λ=1": "whitened, λ = 1",
+    "whitened, current, λ=10": "whitened, λ = 10",
+    "whitened, running, λ=0.1": "covariance kept, λ = 0.1",
+    "whitened, running, λ=1": "covariance kept, λ = 1",
+}
 FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS)
 
 
@@ -103,15 +112,33 @@ def write(path: Path, new: list[dict[str, Any]]) -> None:
         writer.writerows([*old, *new])
 
 
+def table(path: Path) -> str:
+    """Markdown: final average accuracy and forgetting in per cent, a row a run, a column for some of the rules."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    runs = dict.fromkeys(tuple(row[k] for k in FIELDS[:4]) for row in rows)
+    lines = ["| benchmark | method | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
+    for run_ in runs:
+        of_run = {row["rule"]: row for row in rows if tuple(row[k] for k in FIELDS[:4]) == run_}
+        cells = [
+            f"{100 * float(of_run[r][METRICS[0]]):.1f} / {100 * float(of_run[r]['forgetting']):.1f}" for r in SHOWN
+        ]
+        lines.append(f"| {run_[0]} | {run_[2]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", help="each with options of its own, if any: 'fm_lora core_step=1.0'")
-    parser.add_argument("--config", type=Path, action="append", required=True, help="YAML files of a benchmark")
+    parser.add_argument("methods", nargs="*", help="each with options of its own, if any: 'fm_lora core_step=1.0'")
+    parser.add_argument("--config", type=Path, action="append", default=[], help="YAML files of a benchmark")
     parser.add_argument("--class-order-seed", type=int, default=100)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction_rules.csv"))
     arguments = parser.parse_args()
+    if not arguments.methods:
+        print(table(arguments.out))
+        return
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="no QP solver found|No loggers specified")
     shared = read_all(arguments.config)

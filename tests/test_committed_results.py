@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_configuration_still_names_the_data_and_training_of_its_records(name: 
             for part in ("benchmark", "backbone", "training"):
                 assert again[part] == record["config"][part]
             assert "num_workers" not in again["training"]
+
+
+def test_the_table_of_prediction_rules_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("prediction_rules")
+    assert script.table(ROOT / "benchmarks" / "results" / "prediction_rules.csv") in TEXT
 
 
 def test_the_packaged_weights_are_those_of_the_log() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def test_every_file_is_parsed_and_all_its_fields_are_known(path: Path) -> None:
     options = read_yaml(path)
     configs = expand(options)
     wanted = [m if isinstance(m, str) else m["method"] for m in options.get("methods", [])]
-    assert {c.method for c in configs} == set(wanted or [options["method"]] if "method" in options else methods())
+    named = {options["method"]} if "method" in options else set(methods())
+    assert {c.method for c in configs} == (set(wanted) or named)
     if "method" in options:
         assert configs == [make_run(options)]
 
@@ -56,7 +58,9 @@ def test_a_field_that_does_not_exist_would_be_found(path: Path) -> None:
 
 @pytest.mark.parametrize("benchmark", RUN_HERE)
 def test_unified_is_all_methods_with_one_training(benchmark: str) -> None:
-    check_unified(expand(read_all([CONFIGS / f"{benchmark}.yaml", CONFIGS / "unified.yaml"])), 3)
+    check_unified(
+        expand(read_all([CONFIGS / f"{benchmark}.yaml", CONFIGS / "unified.yaml"])), 3, labels={"ncm, whitened rows"}
+    )
 
 
 @pytest.mark.parametrize("benchmark", ON_A_GPU)
@@ -66,11 +70,13 @@ def test_unified_of_the_published_benchmarks(benchmark: str) -> None:
     assert {c.training.batch_size for c in configs} == {128}
 
 
-def check_unified(configs: list[RunConfig], orders: int) -> None:
+def check_unified(configs: list[RunConfig], orders: int, labels: Set[str] = frozenset()) -> None:
+    """Each method once, and the further rows of these labels."""
     assert {c.method for c in configs} == set(methods())
+    assert {c.label for c in configs} == {None, *labels}
     assert len({c.training for c in configs}) == 1
     assert {c.class_order_seed for c in configs} == set(range(orders))
-    assert len({run_id(c.identity()) for c in configs}) == len(configs) == orders * len(methods())
+    assert len({run_id(c.identity()) for c in configs}) == len(configs) == orders * (len(methods()) + len(labels))
     assert len({(c.benchmark, c.backbone.model_dump_json()) for c in configs}) == 1
 
 

@@ -194,8 +194,8 @@ def test_waiting_is_measured_at_the_loader_only() -> None:
     timed = TimedLoader(Slow(), waits.append)
     assert len(timed) == 3
     for _ in timed:
-        time.sleep(0.05)
-    assert 0.09 <= sum(waits) < 0.15
+        time.sleep(0.3)  # what is done with a batch is not waited for, on a busy machine either
+    assert 0.09 <= sum(waits) < 0.6
     assert len(waits) == 4
 
 
