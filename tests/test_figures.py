@@ -28,6 +28,7 @@ from avalanche_fmlora.results.figures import (
     save,
 )
 from avalanche_fmlora.results.figures.style import SCREEN_DPI, WIDTH_IN, series_of
+from avalanche_fmlora.results.grouping import runs_of
 from avalanche_fmlora.results.record import Record, write_record
 
 
@@ -239,3 +240,9 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
     ):
         wrong = plot(*arguments)
         assert (wrong.exit_code, message in wrong.stderr) == (1, True), wrong.stderr
+
+
+def test_a_label_that_begins_with_the_method_is_the_name() -> None:
+    labels = (None, "ncm, whitened rows", "with whitened rows")
+    records = [make(method="ncm", label=label, order=order) for order, label in enumerate(labels)]
+    assert {run.name for run in runs_of(records)} == {"ncm", "ncm, whitened rows", "ncm with whitened rows"}

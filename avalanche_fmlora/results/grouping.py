@@ -45,8 +45,10 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Method and label."""
-        return " ".join(filter(None, (self.record["config"]["method"], self.label)))
+        """Method and label, or the label alone if it begins with the method's name."""
+        method = self.record["config"]["method"]
+        label = self.label or ""
+        return label if label.startswith(method) else f"{method} {label}".rstrip()
 
     @property
     def apart(self) -> str | None:
