@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_an_offline_run_holds_what_avalanche_measured(
     assert summary == {name: pytest.approx(last[name]), X_AXIS: strategy.clock.train_iterations}
     assert (config["method"], config["rank"]) == ("SeqLoRAStrategy", strategy.config.rank)
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60  # wandb's own process writes, on a busy machine later than `finish` returns
+    while name.encode() not in written.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert name.encode() in written.read_bytes()
     table = next(tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
     assert len(json.loads(table.read_text())["data"]) >= 4

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from avalanche_fmlora.metrics import Matrix
 from avalanche_fmlora.results.figures.labels import wrapped
 from avalanche_fmlora.results.figures.style import WIDTH_IN, column_figure, new_figure, per_cent, series_of
 from avalanche_fmlora.results.schema import Record
@@ -14,6 +13,8 @@ from avalanche_fmlora.results.schema import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from avalanche_fmlora.metrics import Matrix
 
 
 @column_figure
