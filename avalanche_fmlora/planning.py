@@ -20,6 +20,7 @@ from avalanche_fmlora.data.base import ImageSet, class_incremental
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
 from avalanche_fmlora.results.record import find_record, run_id
 from avalanche_fmlora.resuming import checkpoint_folder
+from avalanche_fmlora.strategies.registry import method as method_class
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def seconds_left(config: RunConfig, speed: Speed, sizes: Sizes, finished: int = 
     2.3
     """
     epochs = getattr(config.resolved_method(), "epochs", None) or config.training.epochs
-    joint = config.method == "joint"
+    joint = method_class(config.method).joint
     tests = [sum(sizes.test)] if joint else [sum(sizes.test[: t + 1]) for t in range(len(sizes.test))]
     trains = [sum(sizes.train)] if joint else sizes.train
     each = (n * (epochs * speed.epoch_s + speed.around_s) for n in trains[finished:])
