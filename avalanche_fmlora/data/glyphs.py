@@ -1,7 +1,9 @@
 """Characters as classes: two benchmarks that need no download, and the characters kept apart for pretraining.
 
 Image k of a class depends on the seed, the class, the split and k alone, up to the rounding of floating-point
-arithmetic: on another kind of processor pixels, and so the split's hash, can differ. Test images of a class use one cut (a weight
+arithmetic: on another kind of processor pixels, and so the split's hash, can differ.
+
+Test images of a class use one cut (a weight
 and a slant, drawn for each class) of the three DejaVu families (sans, mono, serif), training images the nine other
 faces. What makes the frozen backbone fall short can be learned: it was pretrained on filled strokes, while split_glyphs
 draws broken outlines and domain_glyphs has a drawing style for each domain. No two classes look alike, nor a class like
