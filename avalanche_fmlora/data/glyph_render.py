@@ -100,6 +100,10 @@ class Look:
     blur: np.ndarray
     noise: np.ndarray
 
+    def astype(self, dtype: type[np.floating]) -> Look:
+        """The same numbers in another floating-point format, which :func:`render` then calculates in."""
+        return Look(*(getattr(self, f.name).astype(dtype) for f in fields(self)))
+
 
 def _contrasting_colours(rng: np.random.Generator, count: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
     """Ink and paper, [count, 3] in [0, 1], whose luminances differ by `contrast` at least."""
@@ -145,7 +149,7 @@ def draw_looks(rng: np.random.Generator, count: int, difficulty: float) -> Look:
         blur=rng.random(count) * d,
         noise=noise,
     )
-    return Look(*(getattr(look, f.name).astype(np.float32) for f in fields(Look)))
+    return look.astype(np.float32)
 
 
 def place(masks: Tensor, look: Look) -> Tensor:
@@ -164,7 +168,7 @@ def place(masks: Tensor, look: Look) -> Tensor:
 def waves(stripes: np.ndarray) -> Tensor:
     """Plane waves [B, 1, IMAGE_SIZE, IMAGE_SIZE] in [-1, 1], without their amplitude; `stripes` as in :class:`Look`."""
     fx, fy, phase, _ = torch.from_numpy(stripes).T[:, :, None, None]
-    steps = torch.arange(IMAGE_SIZE, dtype=torch.float32)
+    steps = torch.arange(IMAGE_SIZE, dtype=fx.dtype)
     return torch.sin(fx * steps + fy * steps[:, None] + phase)[:, None]
 
 

@@ -1,11 +1,10 @@
 """Characters as classes: two benchmarks that need no download, and the characters kept apart for pretraining.
 
-Image k of a class depends on the seed, the class, the split and k alone, up to the rounding of floating-point
-arithmetic: on another kind of processor pixels, and so the split's hash, can differ.
+Image k of a class depends on the seed, the class, the split and k alone, on any processor: images are calculated in
+double precision and rounded to 8 bits, so what one processor rounds otherwise than the next is lost in that step.
 
-Test images of a class use one cut (a weight
-and a slant, drawn for each class) of the three DejaVu families (sans, mono, serif), training images the nine other
-faces. What makes the frozen backbone fall short can be learned: it was pretrained on filled strokes, while split_glyphs
+Test images of a class use one cut (a weight and a slant, drawn for each class) of the three DejaVu families (sans,
+mono, serif), training images the nine other faces. What makes the frozen backbone fall short can be learned: it was pretrained on filled strokes, while split_glyphs
 draws broken outlines and domain_glyphs has a drawing style for each domain. No two classes look alike, nor a class like
 a pretraining character: their ``likeness`` stays below :data:`MAX_LIKENESS`, and below :data:`MAX_MIRRORED_LIKENESS`
 for classes turned by quarters or reflected.
@@ -162,12 +161,13 @@ def glyph_image(
     faces = faces_of(char, split, seed)
     domain = 0 if style is None else 1 + list(STYLES).index(style)
     rng = np.random.default_rng((seed, ord(char), domain, _SPLITS.index(split), index))
-    mask = torch.tensor(glyph_mask(char, faces[index % len(faces)]))[None, None] / 255
-    look = draw_looks(rng, 1, DIFFICULTY["split_glyphs" if style is None else "domain_glyphs"])
+    # In double precision no processor's rounding reaches an 8-bit pixel, once exact halves are out of the way (below).
+    mask = torch.tensor(glyph_mask(char, faces[index % len(faces)]))[None, None].double() / 255
+    look = draw_looks(rng, 1, DIFFICULTY["split_glyphs" if style is None else "domain_glyphs"]).astype(np.float64)
     image = (_broken_outline if style is None else STYLES[style])(mask, look)
     if image_size != IMAGE_SIZE:
         image = F.interpolate(image, size=(image_size, image_size), mode="bilinear", antialias=True).clamp(0, 1)
-    pixels: np.ndarray = (image[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels: np.ndarray = (image[0] * 255 + 1e-6).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return pixels
 
 
@@ -210,7 +210,7 @@ def _facts(name: str, seed: int) -> dict[str, Any]:
 
 
 def _rgb(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None, None]
+    return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
 def _outline(alpha: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def _stripes(masks: Tensor, look: Look) -> Tensor:
     alpha = place(masks, look)
     plane = 1.1 * look.stripes[:, :2] / np.linalg.norm(look.stripes[:, :2], axis=1, keepdims=True).clip(1e-6)
     across = np.stack([-plane[:, 1], plane[:, 0]], 1)
-    outside, inside = (waves(np.concatenate([p, look.stripes[:, 2:]], 1).astype(np.float32)) for p in (plane, across))
+    outside, inside = (waves(np.concatenate([p, look.stripes[:, 2:]], 1)) for p in (plane, across))
     middle = 0.5 + 0.3 * (colour(look.paper) - 0.5)
     tint = 1.0 * (colour(look.ink) - colour(look.paper))
     lines = 0.10 * (outside + alpha * (inside - outside))
