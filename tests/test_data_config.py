@@ -37,7 +37,7 @@ def test_what_a_benchmark_does_not_take_is_refused(options: dict[str, Any], mess
 
 def test_arguments_are_those_of_the_builder() -> None:
     for name in PUBLISHED:
-        config = BenchmarkConfig(name=name, path=Path("x"), download=True, subset=True)
+        config = BenchmarkConfig(name=name, path=Path("x"), download=True, seed=3, subset=True)
         assert config.augment == "published"
         assert config.builder() is getattr(avalanche_fmlora, name)
         keywords = getattr(avalanche_fmlora, name).__kwdefaults__.keys() | {"path"}
@@ -68,6 +68,7 @@ def test_a_record_tells_the_data_but_not_where_they_were() -> None:
     assert fetched["path"] is None
     part = identity(name="split_imagenet_r", path="/somewhere/mini", subset=True, split_file="/elsewhere/train.yaml")
     assert (part["path"], part["split_file"], part["subset"]) == ("mini", "train.yaml", True)
+    assert (fetched["seed"], identity(name="split_imagenet_r", seed=3)["seed"]) == (None, 3)
 
 
 def test_identities_of_older_records_stay() -> None:

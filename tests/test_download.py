@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from avalanche_fmlora import split_imagenet_r
-from avalanche_fmlora.data import download, imagenet_r
+from avalanche_fmlora.data import cifar100, download, imagenet_r
 from avalanche_fmlora.data.download import RemoteFile, fetch
 
 BODY = bytes(range(256)) * 5000
@@ -99,7 +100,8 @@ def server() -> Iterator[Server]:
 
 
 def get(server: Server, folder: Path, path: str = "pack.bin", **options: Any) -> Path:
-    remote = RemoteFile(server.url(path), "pack.bin", options.pop("checksum", SHA256), options.pop("size", len(BODY)))
+    checksum, size = options.pop("checksum", SHA256), options.pop("size", len(BODY))
+    remote = RemoteFile(server.url(path), "pack.bin", checksum, size, options.pop("by_torchvision", False))
     return fetch(remote, folder, **{"timeout_s": 0.5, **options})
 
 
@@ -298,3 +300,54 @@ def test_two_at_once_share_one_download(server: Server, tmp_path: Path) -> None:
         paths = list(pool.map(lambda _: get(server, tmp_path), range(3)))
     assert [p.read_bytes() == BODY for p in paths] == [True] * 3
     assert len(server.requests) == 1
+
+
+# --- what torchvision fetches
+
+MD5 = "md5:" + hashlib.md5(BODY, usedforsecurity=False).hexdigest()
+BY_TORCHVISION: dict[str, Any] = {"checksum": MD5, "by_torchvision": True}
+
+
+def test_torchvision_fetches_its_own_data_set(server: Server, tmp_path: Path) -> None:
+    assert cifar100.ARCHIVE.by_torchvision
+    assert get(server, tmp_path, "moved/pack.bin", **BY_TORCHVISION).read_bytes() == BODY
+    requests = len(server.requests)
+    get(server, tmp_path, **BY_TORCHVISION)
+    assert len(server.requests) == requests, "what is there is not fetched again"
+
+
+@pytest.mark.parametrize("fault", ["wrong bytes", "truncated"])
+def test_a_torchvision_download_with_another_md5_is_refused_and_removed(
+    server: Server, tmp_path: Path, fault: str
+) -> None:
+    if fault == "truncated":
+        server.cuts = [0, 1000]  # the first answer only shows where redirects lead
+    else:
+        server.body = BODY[:-1] + b"?"
+    with pytest.raises(ValueError, match=rf"to have {MD5} but torchvision says: .*; it was removed\. .* try once more"):
+        get(server, tmp_path, **BY_TORCHVISION)
+    assert "pack.bin" not in names(tmp_path)
+    assert "pack.bin.part" not in names(tmp_path)
+    server.body = BODY
+    assert get(server, tmp_path, **BY_TORCHVISION).read_bytes() == BODY
+
+
+def test_torchvision_waits_no_longer_than_asked_and_starts_anew(server: Server, tmp_path: Path) -> None:
+    server.cuts, server.stalls = [0, 1000], 2
+    with pytest.raises(ConnectionError, match=r"timed out.* once the network is there: it starts anew\. Or fetch pack"):
+        get(server, tmp_path, **BY_TORCHVISION)
+    assert socket.getdefaulttimeout() is None
+    assert get(server, tmp_path, **BY_TORCHVISION).read_bytes() == BODY
+
+
+def test_torchvision_on_a_full_disk_or_without_a_network(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match=rf"is full: {len(BODY):,} more bytes are needed .* it starts anew"):
+            get(server, tmp_path, **BY_TORCHVISION)
+        assert not server.requests
+    absent = RemoteFile("http://127.0.0.1:9/pack.bin", "pack.bin", MD5, by_torchvision=True)
+    with pytest.raises(ConnectionError, match=r"Can't fetch http://127\.0\.0\.1:9/pack\.bin .*put it into"):
+        fetch(absent, tmp_path)

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from avalanche_fmlora import domainnet, domainnet_cil, split_cifar100, split_cub200, split_imagenet_r
 from avalanche_fmlora.data import published
 from avalanche_fmlora.data.domainnet import DOMAINS, remotes
+from avalanche_fmlora.data.loading import LoaderItems, finish_of
 
 _SPEC = importlib.util.spec_from_file_location(
     "miniature", Path(__file__).resolve().parents[1] / "benchmarks" / "miniature.py"
@@ -54,6 +55,38 @@ def build(tmp_path: Path) -> Callable[..., Any]:
         return builder(path, **(defaults | options))
 
     return call
+
+
+# --- seed of the crops
+
+
+def drawn(experience: Any, run_seed: int, epoch: int = 0, finish: Any = None) -> torch.Tensor:
+    """All training images of one epoch, as a strategy's loader reads them in a run with that seed."""
+    items = LoaderItems(experience.dataset, (run_seed, 0, 0), finish, crops=finish is not None)
+    items.epoch.fill_(epoch)
+    return items.finished(items.collate([items[i] for i in range(len(items))])[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(("builder", "name"), BUILDERS.items())
+def test_crops_of_a_seed_are_the_same_in_runs_of_other_seeds(
+    originals: Path, build: Any, builder: Any, name: str, on_device: bool
+) -> None:
+    seeded, other, free = (build(builder, originals / name, seed=seed) for seed in (7, 8, None))
+    assert [b.info.extra.get("seed") for b in (seeded, other, free)] == [7, 8, None]
+    assert seeded.info.split_hash == free.info.split_hash
+    assert seeded.info.class_order == free.info.class_order
+    finish = finish_of(seeded.train_stream[0].dataset) if on_device else None
+    first = drawn(seeded.train_stream[0], 0, finish=finish)
+    assert torch.equal(first, drawn(seeded.train_stream[0], 1, finish=finish))
+    assert not torch.equal(first, drawn(seeded.train_stream[0], 0, epoch=1, finish=finish))
+    assert not torch.equal(first, drawn(other.train_stream[0], 0, finish=finish))
+    assert not torch.equal(drawn(free.train_stream[0], 0, finish=finish), drawn(free.train_stream[0], 1, finish=finish))
+
+
+def test_a_seed_below_zero_is_refused(originals: Path, build: Any) -> None:
+    with pytest.raises(ValueError, match="Expected `seed` to be 0 or more, or None, but got -1"):
+        build(split_cub200, originals / "CUB_200_2011", seed=-1)
 
 
 # --- transforms

@@ -1,6 +1,6 @@
 """CIFAR-100: 60,000 images of 32 × 32 pixels in 100 classes (Krizhevsky, 2009), class-incremental.
 
-The archive's address and all checksums are torchvision's.
+The archive's address, its download and all checksums are torchvision's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from avalanche_fmlora.data.presets import Preset
 from avalanche_fmlora.data.published import Files, Options, PathLike, locate
 from avalanche_fmlora.data.transforms import Transform
 
-ARCHIVE = RemoteFile(CIFAR100.url, CIFAR100.filename, f"md5:{CIFAR100.tgz_md5}")
+ARCHIVE = RemoteFile(CIFAR100.url, CIFAR100.filename, f"md5:{CIFAR100.tgz_md5}", size=169_001_437, by_torchvision=True)
 
 _SIDE = 32
 _ALLOWED = {
@@ -50,6 +50,7 @@ def split_cifar100(
     download: bool = False,
     n_experiences: int = 10,
     class_order_seed: int | None = None,
+    seed: int | None = None,
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -69,6 +70,8 @@ def split_cifar100(
             nothing if it is there unpacked.
         n_experiences: must divide the number of classes.
         class_order_seed: draws the order of the classes; None is the official one, by name.
+        seed: of the random crops and flips of training images, in strategies of this package: with it they are the same
+            in runs of other seeds. None draws them from the run's seed.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
@@ -92,6 +95,7 @@ def split_cifar100(
         *("split_cifar100", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
         train_transform,
         eval_transform,
+        seed,
     )
     transforms = options.transforms
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:

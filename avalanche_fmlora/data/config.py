@@ -34,7 +34,7 @@ MODULES = {
 }
 """Where in `avalanche_fmlora.data` the function of that name is."""
 
-_FETCHED = ("path", "download", "augment", "subset")
+_FETCHED = ("path", "download", "augment", "seed", "subset")
 _TAKES: dict[str, tuple[str, ...]] = {
     "split_glyphs": ("n_experiences",),
     "domain_glyphs": (),
@@ -74,6 +74,9 @@ class BenchmarkConfig(BaseModel):
     augment: Preset = "none"
     """What is done to images: `published` (the default of published data sets) trains on random resized crops and flips
     and tests on centre crops; `simple`, `resize`, `crop_flip`, `flip` and `none` change less."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the random crops and flips of a published data set's training images, which are then the same in runs of
+    other seeds; null draws them from the run's seed."""
     subset: bool = False
     """Accept a part of a published data set, miniature trees for example; records then say so."""
 

@@ -83,6 +83,7 @@ def domainnet(
     download: bool = False,
     domain_order: Sequence[str] = DOMAINS,
     class_order_seed: int | None = None,
+    seed: int | None = None,
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -103,6 +104,8 @@ def domainnet(
             not those of a domain that is there unpacked.
         domain_order: the domains in order, which may be fewer than the six of :data:`DOMAINS`.
         class_order_seed: draws the order of the domains instead; None keeps `domain_order`.
+        seed: of the random crops and flips of training images, in strategies of this package: with it they are the same
+            in runs of other seeds. None draws them from the run's seed.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
@@ -127,6 +130,7 @@ def domainnet(
         *("domainnet", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
         train_transform,
         eval_transform,
+        seed,
     )
     with Files(locate(options.title, path, download, remotes(domains)), cache_dir) as files:
         placed, classes = _images(files, options, domains)
@@ -153,6 +157,7 @@ def domainnet_cil(
     download: bool = False,
     n_experiences: int = 5,
     class_order_seed: int | None = None,
+    seed: int | None = None,
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -171,6 +176,7 @@ def domainnet_cil(
         download: as there.
         n_experiences: must divide the number of classes: 5 or 15 are usual.
         class_order_seed: draws the order of the classes; None is the official one.
+        seed: as there.
         image_size: as there.
         mean: as there.
         std: as there.
@@ -184,6 +190,7 @@ def domainnet_cil(
         *("domainnet_cil", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
         train_transform,
         eval_transform,
+        seed,
     )
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         placed, classes = _images(files, options, DOMAINS)

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -40,12 +41,14 @@ class RemoteFile:
         name: of the file on disk.
         checksum: `sha256:<hex>` or `md5:<hex>`.
         size: in bytes, if it is published too.
+        by_torchvision: leave the transfer to torchvision, whose data set it is; it starts anew where one broke off.
     """
 
     url: str
     name: str
     checksum: str
     size: int | None = None
+    by_torchvision: bool = False
 
 
 def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: float = 60.0, tries: int = 4) -> Path:
@@ -73,7 +76,8 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
     target = folder / remote.name
     with FileLock(folder / f".{remote.name}.lock"):
         if not target.exists():
-            _Download(remote, target, timeout_s, tries).run()
+            download = _TorchvisionDownload if remote.by_torchvision else _Download
+            download(remote, target, timeout_s, tries).run()
         elif not _is_checked(remote, target):
             found = _checksum(target, remote.checksum)
             if found != remote.checksum:
@@ -87,6 +91,8 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
 
 class _Download:
     """One file on its way into `<name>.part`."""
+
+    again = "it goes on from what came"
 
     def __init__(self, remote: RemoteFile, target: Path, timeout_s: float, tries: int) -> None:
         self.remote, self.target, self.timeout_s, self.tries = remote, target, timeout_s, tries
@@ -108,11 +114,7 @@ class _Download:
             if not resumed:
                 break
             logger.warning("The resumed %s is not the published one: fetched once more.", self.remote.name)
-        raise ValueError(
-            f"Expected {self.remote.url} to have {self.remote.checksum} but what came has {found}; it was removed. The "
-            "publisher may have changed the file, or something on the way did: try once more, or fetch it by other "
-            "means and give its path."
-        )
+        raise self._changed(f"what came has {found}")
 
     def _receive(self) -> None:
         failures = 0
@@ -214,8 +216,15 @@ class _Download:
         needed = (self.total or 0) - self._offset()
         return OSError(
             f"The disk of '{self.part.parent}' is full: {needed:,} more bytes are needed for {self.remote.name} and "
-            f"{free:,} are free. Make room and type the same command again, which goes on from what is there; or give "
-            "a folder on another disk as the path."
+            f"{free:,} are free. Make room and type the same command again: {self.again}. Or give a folder on "
+            "another disk as the path."
+        )
+
+    def _changed(self, found: str) -> ValueError:
+        return ValueError(
+            f"Expected {self.remote.url} to have {self.remote.checksum} but {found}; it was removed. The "
+            "publisher may have changed the file, or something on the way did: try once more, or fetch it by other "
+            "means and give its path."
         )
 
     def _unreachable(self, error: Exception) -> ConnectionError:
@@ -224,9 +233,38 @@ class _Download:
             why = f"HTTP {error.code} {error.reason}"
         return ConnectionError(
             f"Can't fetch {self.remote.url} ({why}; {self._offset():,} bytes of {self.total or 'unknown'} are here). "
-            "Type the same command again once the network is there: it goes on from what came. Or fetch "
+            f"Type the same command again once the network is there: {self.again}. Or fetch "
             f"{self.remote.name} by other means, and give its path or put it into '{self.target.parent}'."
         )
+
+
+class _TorchvisionDownload(_Download):
+    """The same by torchvision's downloader, which checks the MD5; it neither goes on with a part nor sets a timeout."""
+
+    again = "it starts anew"
+
+    def run(self) -> None:
+        """Fetch and rename."""
+        from torchvision.datasets.utils import download_url
+
+        self._forget()
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(self.timeout_s)
+        try:
+            self._require_space(self.total or 0)
+            download_url(self.remote.url, self.part.parent, self.part.name, self.remote.checksum.removeprefix("md5:"))
+        except RuntimeError as error:  # how torchvision says that the MD5 is another; redirects in a circle too
+            self._forget()
+            raise self._changed(f"torchvision says: {str(error).rstrip('.')}") from error
+        except (*_BROKEN, OSError) as error:
+            self._forget()
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise self._disk_full() from error
+            raise self._unreachable(error) from error
+        finally:
+            socket.setdefaulttimeout(patience)
+        os.replace(self.part, self.target)
+        _remember(self.remote, self.target)
 
 
 def _checksum(path: Path, like: str) -> str:

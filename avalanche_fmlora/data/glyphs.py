@@ -4,10 +4,10 @@ Image k of a class depends on the seed, the class, the split and k alone, on any
 double precision and rounded to 8 bits, so what one processor rounds otherwise than the next is lost in that step.
 
 Test images of a class use one cut (a weight and a slant, drawn for each class) of the three DejaVu families (sans,
-mono, serif), training images the nine other faces. What makes the frozen backbone fall short can be learned: it was pretrained on filled strokes, while split_glyphs
-draws broken outlines and domain_glyphs has a drawing style for each domain. No two classes look alike, nor a class like
-a pretraining character: their ``likeness`` stays below :data:`MAX_LIKENESS`, and below :data:`MAX_MIRRORED_LIKENESS`
-for classes turned by quarters or reflected.
+mono, serif), training images the nine other faces. What makes the frozen backbone fall short can be learned: it was
+pretrained on filled strokes, while split_glyphs draws broken outlines and domain_glyphs has a drawing style for each
+domain. No two classes look alike, nor a class like a pretraining character: their ``likeness`` stays below
+:data:`MAX_LIKENESS`, and below :data:`MAX_MIRRORED_LIKENESS` for classes turned by quarters or reflected.
 """
 
 from __future__ import annotations

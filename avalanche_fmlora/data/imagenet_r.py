@@ -47,6 +47,7 @@ def split_imagenet_r(
     download: bool = False,
     n_experiences: int = 10,
     class_order_seed: int | None = None,
+    seed: int | None = None,
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -69,6 +70,8 @@ def split_imagenet_r(
             nothing if it is there unpacked.
         n_experiences: must divide the number of classes.
         class_order_seed: draws the order of the classes; None is the order of their WordNet ids.
+        seed: of the random crops and flips of training images, in strategies of this package: with it they are the same
+            in runs of other seeds. None draws them from the run's seed.
         image_size: side of the network's input in pixels.
         mean: of each channel in [0, 1], subtracted; 0 with `std` 1 leaves the input in [0, 1].
         std: of each channel, divided by.
@@ -95,6 +98,7 @@ def split_imagenet_r(
         *("split_imagenet_r", image_size, mean, std, augment, class_order_seed, cache_dir, subset),
         train_transform,
         eval_transform,
+        seed,
     )
     with Files(locate(options.title, path, download, remotes()), cache_dir) as files:
         images = _images(files, options)

@@ -27,7 +27,8 @@ class LoaderItems(Dataset[Any]):
 
     Args:
         dataset: items (image, label, …).
-        seeds: further numbers that the draws depend on, as a run's seed; None leaves them to the global generator.
+        seeds: a run's seed, which a transform's own goes before, and further numbers that the draws depend on; None
+            leaves them to the global generator.
         finish: what is left to the device, see :func:`finish_of`; None leaves nothing.
         crops: with `finish`, leave resizing and flips to the device too, of transforms that can be planned
             (:func:`~avalanche_fmlora.data.device_transforms.planned`); others give their uint8 pixels.
@@ -49,12 +50,19 @@ class LoaderItems(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        token = application.set(self._apply)
+        place = None if self.seeds is None else (*self.seeds[1:], int(self.epoch), int(index))
+
+        def apply(transform: ImageTransform, image: Tensor) -> Any:
+            if transform.seed is None or place is None:
+                return self._apply(transform, image)
+            with drawn_from(transform.seed, *place):
+                return self._apply(transform, image)
+
+        token = application.set(apply)
         try:
-            if self.seeds is None:
+            if self.seeds is None or place is None:
                 return self.dataset[index]
-            entropy = [*self.seeds, int(self.epoch), int(index)]
-            with drawn_from(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])):
+            with drawn_from(self.seeds[0], *place):
                 return self.dataset[index]
         finally:
             application.reset(token)
@@ -92,11 +100,11 @@ def _alone(image: Tensor | Crop) -> Tensor:
 
 
 @contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
-    """torch's CPU generator starts from `seed` inside and goes on where it was after it."""
+def drawn_from(*seeds: int) -> Iterator[None]:
+    """torch's CPU generator starts from `seeds` inside and goes on where it was after it."""
     generator = torch.random.default_generator
     state = generator.get_state()
-    generator.manual_seed(seed)
+    generator.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
     try:
         yield
     finally:

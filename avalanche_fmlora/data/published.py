@@ -146,12 +146,13 @@ class Options:
     subset: bool
     train_transform: Transform | None = None
     eval_transform: Transform | None = None
+    seed: int | None = None
 
     @property
     def transforms(self) -> Transforms:
         """Of training and test images."""
         preset = make_transforms(self.augment, self.image_size, self.mean, self.std)
-        return preset.replaced(self.train_transform, self.eval_transform)
+        return preset.replaced(self.train_transform, self.eval_transform).seeded(self.seed)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,10 +52,14 @@ class ImageTransform:
         geometry: transforms of a uint8 image, in order.
         mean: of each channel in [0, 1], subtracted.
         std: of each channel, divided by.
+        seed: of its random draws, where a loader of this package reads; None leaves them to the run's seed.
     """
 
-    def __init__(self, geometry: Sequence[Transform], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, geometry: Sequence[Transform], mean: Sequence[float], std: Sequence[float], seed: int | None = None
+    ) -> None:
         self.geometry = tuple(geometry)
+        self.seed = seed
         self.finish = Finish(tuple(mean), tuple(std))
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -129,9 +133,18 @@ class Transforms:
             f"{own}; else {self.described}",
         )
 
+    def seeded(self, seed: int | None) -> Transforms:
+        """With a seed of their own for the random draws of training images; None leaves them to the run's."""
+        if seed is None:
+            return self
+        if seed < 0:
+            raise ValueError(f"Expected `seed` to be 0 or more, or None, but got {seed}.")
+        return replace(self, train=ImageTransform(self.train.geometry, self.mean, self.std, seed))
+
     def facts(self) -> dict[str, Any]:
         """For ``BenchmarkInfo.extra``."""
-        return {"augment": self.name, "transforms": self.described}
+        drawn = {} if self.train.seed is None else {"seed": self.train.seed}
+        return {"augment": self.name, "transforms": self.described, **drawn}
 
 
 def make_transforms(preset: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transforms:
