@@ -220,7 +220,7 @@ def test_one_mean_for_each_experience_of_a_class(
     def remember(strategy: Any) -> None:
         means.append(_means(*_features(strategy, [domain_benchmark.train_stream[len(means)]])))
 
-    options = {"recurring_rows": "per_experience", "whitening": whitening, "lr_core": 0.05}
+    options = {"recurring_rows": "per_experience", "whitening": whitening, "lr_core": 0.05, "row_transport": False}
     strategy = train(make_strategy("fm_lora", **options), domain_benchmark, after=remember)
     head, rows = strategy.model.head, torch.stack([F.normalize(m, dim=-1) for m in means])
     torch.testing.assert_close(F.normalize(head.means, dim=-1), rows, rtol=1e-4, atol=1e-5)
@@ -234,13 +234,37 @@ def test_one_mean_for_each_experience_of_a_class(
     assert head.stored_parameters() == head.n_classes * head.dim * (1 + 2 * len(domain_benchmark.train_stream))
 
 
+@pytest.mark.parametrize("recurring", ["per_experience", "mean"])
+def test_kept_means_of_recurring_classes_follow_the_drift(
+    recurring: str, make_strategy: Any, train: Any, domain_benchmark: Any
+) -> None:
+    """Twin: the ridge map of the second domain's images, by hand; lengths stay."""
+    strategy = make_strategy("fm_lora", recurring_rows=recurring, lr_core=0.05, distillation=0.0, transport_ridge=0.1)
+    train(strategy, domain_benchmark, n=1)
+    first, second = domain_benchmark.train_stream[:2]
+    kept = strategy.model.head.rows.clone()
+    before, _ = _features(strategy, [second])
+    strategy.train(second)
+    after, y = _features(strategy, [second])
+    assert functional.transport_gain(before, after, 0.1) > 0
+    moved = functional.transport_rows(kept, functional.ridge_transport(before, after, 0.1))
+    assert (moved - kept).abs().max() > 1e-3
+    means = strategy.model.head.means
+    if recurring == "mean":
+        past, count = (torch.bincount(labels)[:, None] for labels in (_features(strategy, [first])[1], y))
+        moved = (moved * past + _means(after, y) * count) / (past + count)
+    torch.testing.assert_close(means[0], moved, rtol=0, atol=1e-4)
+    if recurring == "per_experience":
+        torch.testing.assert_close(means[1], _means(after, y), rtol=0, atol=1e-5)
+
+
 def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any, domain_benchmark: Any) -> None:
     parts: list[tuple[Tensor, Tensor]] = []
 
     def remember(strategy: Any) -> None:
         parts.append(_features(strategy, [domain_benchmark.train_stream[len(parts)]]))
 
-    options = {"recurring_rows": "mean", "whitening": None, "lr_core": 0.05}
+    options = {"recurring_rows": "mean", "whitening": None, "lr_core": 0.05, "row_transport": False}
     strategy = train(make_strategy("fm_lora", **options), domain_benchmark, after=remember)
     head = strategy.model.head
     first, *others = [(_means(z, y), torch.bincount(y)[:, None]) for z, y in parts]

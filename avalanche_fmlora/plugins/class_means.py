@@ -21,8 +21,9 @@ class ClassMeanPlugin(SupervisedPlugin):
 
     Args:
         train_rows: whether the rows train in between (no: nearest class mean).
-        transport: move rows of classes that are not in the experience along with the drift of its images' features,
-            where a map fitted on half of them explains some of the drift of the other half.
+        transport: move what past experiences have left, rows of classes that are not in this one and means that are
+            kept of those that recur, along with the drift of its images' features, where a map fitted on half of them
+            explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
         whitening: shrinkage λ; where given, predictions between experiences are made in the space in which the current
             experience's images scatter alike in all directions around their class means. Only rows are kept of it.
@@ -31,7 +32,7 @@ class ClassMeanPlugin(SupervisedPlugin):
             mean over all its samples, or one mean for each of its experiences, the nearest of which counts.
 
     Attributes:
-        gains: share of the drift explained on held-out images, for each experience with classes of the past to move.
+        gains: share of the drift explained on held-out images, for each experience with something of the past to move.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class ClassMeanPlugin(SupervisedPlugin):
         if not self.train_rows:
             return
         features, labels = strategy.features_at_start()
-        self._before = features if self.transport and bool(self._absent(head, labels).any()) else None
+        past = len(head.means) > 0 or bool(self._absent(head, labels).any())
+        self._before = features if self.transport and past else None
         self._write(head, features, labels, labels.unique())
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """One pass: rows of absent classes are moved, rows of new ones written, rows for prediction made of them."""
+        """One pass: what the past has left is moved, rows of new classes written, rows for prediction made of them."""
         head = strategy.model.head
         features, labels = training_features(strategy)
         if self._before is not None:
@@ -115,8 +117,10 @@ class ClassMeanPlugin(SupervisedPlugin):
         absent = self._absent(head, labels).nonzero().squeeze(1)
         transport = functional.ridge_transport(before, after, self.ridge)
         head.write(absent, functional.transport_rows(head.rows[absent], transport))
-        if len(head.means):
-            head.means[:, absent] = functional.transport_rows(head.means[:, absent], transport)
+        if len(head.means):  # those of this experience's images are not among them yet
+            past = (head.counts > 0).nonzero().squeeze(1)
+            means = head.means[:, past]
+            head.means[:, past] = functional.transport_rows(means, transport) * means.norm(dim=-1, keepdim=True)
 
     def _write(self, head: Any, features: Tensor, labels: Tensor, classes: Tensor) -> None:
         """Rows of `classes`: means of all samples so far, those of the past standing in as rows · n."""
