@@ -26,6 +26,7 @@ _WHERE = {
     "CheckpointPlugin": "plugins.checkpoint",
     "split_glyphs": "data.glyphs",
     "domain_glyphs": "data.glyphs",
+    "uneven_glyphs": "data.uneven_glyphs",
     "image_folder": "data.image_folder",
     "split_cifar100": "data.cifar100",
     "split_imagenet_r": "data.imagenet_r",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from avalanche_fmlora.data.glyphs import split_glyphs as split_glyphs
     from avalanche_fmlora.data.image_folder import image_folder as image_folder
     from avalanche_fmlora.data.imagenet_r import split_imagenet_r as split_imagenet_r
+    from avalanche_fmlora.data.uneven_glyphs import uneven_glyphs as uneven_glyphs
     from avalanche_fmlora.loggers import WeightsAndBiasesLogger as WeightsAndBiasesLogger
     from avalanche_fmlora.plugins.checkpoint import CheckpointPlugin as CheckpointPlugin
     from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin as MetaPromptPlugin

@@ -17,7 +17,7 @@ from avalanche_fmlora.strategies.registry import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "benchmarks" / "configs"
-RUN_HERE = ("split_glyphs", "domain_glyphs", "caltech100", "emoji20")
+RUN_HERE = ("split_glyphs", "domain_glyphs", "uneven_glyphs", "caltech100", "emoji20")
 ON_A_GPU = ("split_cifar100", "split_imagenet_r", "split_cub200", "domainnet", "domainnet_cil")
 FILES = sorted(CONFIGS.rglob("*.yaml"), key=str)
 WEIGHTS = "vit_base_patch16_224.augreg_in21k_ft_in1k"

@@ -27,6 +27,7 @@ from avalanche_fmlora.data.glyphs import (
     glyph_image,
     split_glyphs,
 )
+from avalanche_fmlora.data.uneven_glyphs import uneven_glyphs
 
 CLASSES = SPLIT_CHARACTERS + DOMAIN_CHARACTERS
 COMPARED_FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic")
@@ -148,11 +149,34 @@ def test_domain_glyphs_shapes_counts_and_labels() -> None:
     assert tuple(benchmark.train_stream[0].dataset[0][0].shape) == (3, 40, 40)
 
 
+def test_uneven_glyphs_are_as_hard_as_their_level_says() -> None:
+    """Frozen class means read the easy half far better than the hard half; levels follow the class order."""
+    benchmark = uneven_glyphs(n_experiences=10, class_order_seed=3, train_per_class=9, test_per_class=6)
+    levels = benchmark.info.extra["levels"]
+    assert sorted(levels) == [round(k / 9, 4) for k in range(10)] != levels
+    assert uneven_glyphs(n_experiences=2, train_per_class=1, test_per_class=1).info.extra["levels"] == [1.0, 0.0]
+    assert benchmark.info.extra["levels"] != uneven_glyphs(class_order_seed=4, train_per_class=1).info.extra["levels"]
+    vit = packaged.glyph_vit().eval()
+    accuracy = []
+    for train, test in zip(benchmark.train_stream, benchmark.test_stream, strict=True):
+        parts = []
+        for experience in (train, test):
+            items = [(x, int(y) % 10) for x, y, *_ in experience.dataset.eval()]
+            with torch.no_grad():
+                z = F.normalize(vit(torch.stack([x for x, _ in items])), dim=1)
+            parts.append((z, np.array([y for _, y in items])))
+        accuracy.append(class_mean_accuracy(*parts))
+    order = np.argsort(levels)
+    assert np.mean([accuracy[t] for t in order[:5]]) > 0.1 + np.mean([accuracy[t] for t in order[5:]])
+
+
 def test_mistaken_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="`train_per_class` to be at least 1 but got 0"):
         split_glyphs(train_per_class=0)
     with pytest.raises(ValueError, match="`image_size` to be at least 8 but got 4"):
         domain_glyphs(image_size=4)
+    with pytest.raises(ValueError, match=r"`n_experiences` to divide the 100 classes of uneven_glyphs but got 7"):
+        uneven_glyphs(n_experiences=7)
     with pytest.raises(ValueError, match=r"U\+0020"):
         glyph_mask(" ", "DejaVuSans")
 

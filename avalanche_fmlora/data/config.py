@@ -14,6 +14,7 @@ from avalanche_fmlora.data.presets import Preset
 BenchmarkName = Literal[
     "split_glyphs",
     "domain_glyphs",
+    "uneven_glyphs",
     "image_folder",
     "split_cifar100",
     "split_imagenet_r",
@@ -25,6 +26,7 @@ BenchmarkName = Literal[
 MODULES = {
     "split_glyphs": "glyphs",
     "domain_glyphs": "glyphs",
+    "uneven_glyphs": "uneven_glyphs",
     "image_folder": "image_folder",
     "split_cifar100": "cifar100",
     "split_imagenet_r": "imagenet_r",
@@ -38,6 +40,7 @@ _FETCHED = ("path", "download", "augment", "seed", "subset")
 _TAKES: dict[str, tuple[str, ...]] = {
     "split_glyphs": ("n_experiences",),
     "domain_glyphs": (),
+    "uneven_glyphs": ("n_experiences",),
     "image_folder": ("path", "n_experiences", "augment"),
     "split_cifar100": (*_FETCHED, "n_experiences"),
     "split_imagenet_r": (*_FETCHED, "n_experiences", "split_file"),
@@ -47,6 +50,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
 }
 _WHY_NOT = {
     "split_glyphs": "its images are drawn",
+    "uneven_glyphs": "its images are drawn",
     "domain_glyphs": "its images are drawn, in one experience a style",
     "domainnet": "it has one experience a domain",
 }
@@ -58,8 +62,8 @@ class BenchmarkConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: BenchmarkName = "split_glyphs"
-    """`split_glyphs` and `domain_glyphs` are embedded; `image_folder` takes your own images; the others are published
-    data sets: `split_cifar100`, `split_imagenet_r`, `split_cub200`, `domainnet`, `domainnet_cil`."""
+    """`split_glyphs`, `domain_glyphs` and `uneven_glyphs` are embedded; `image_folder` takes your own images; the
+    others are published data sets: `split_cifar100`, `split_imagenet_r`, `split_cub200`, `domainnet`, `domainnet_cil`."""
     path: Path | None = None
     """Folder or archive of `image_folder` or of a published data set; a relative path is looked for here, then below
     the data root. Null: where downloads of the data set are kept."""

@@ -12,33 +12,17 @@ domain. No two classes look alike, nor a class like a pretraining character: the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .base import Domain, ImageSet, class_incremental, domain_incremental
-from .glyph_render import (
-    FACES,
-    FAMILIES,
-    GLYPH_MEAN,
-    GLYPH_STD,
-    IMAGE_SIZE,
-    Look,
-    colour,
-    draw_looks,
-    glyph_mask,
-    layers,
-    place,
-    render,
-    soften,
-    spread_field,
-    waves,
-)
+from .glyph_render import FACES, FAMILIES, GLYPH_MEAN, GLYPH_STD, IMAGE_SIZE, draw_looks, glyph_mask
+from .glyph_styles import STYLES, Style, broken_outline
 
 SPLIT_CHARACTERS = (
     "!#$&25?@CKLMVYaeghntwz¶ÆŒƈƑƙƛƝƤƩƴƼȡȤȹȼȾɀɚɝɠɧɬɱɷɻʄʐʓʝʥʧʩʪʬϟϸϻДХЯчщъьэџғҘӄӇӕӷԴԶԷԽԾՀՄՐղչֆდვპსᴗᴞᴻ∞♣♫ⱷⱾꞐꞪ"
@@ -62,7 +46,6 @@ MAX_MIRRORED_LIKENESS = 0.95
 DIFFICULTY = {"split_glyphs": 0.6, "domain_glyphs": 1.0}
 """Of the looks, see :func:`~avalanche_fmlora.data.glyph_render.draw_looks`."""
 
-Style = Callable[[Tensor, Look], Tensor]
 _SPLITS = ("train", "test")
 
 
@@ -95,7 +78,7 @@ def split_glyphs(
     Raises:
         ValueError: if a count is below 1, `image_size` below 8 or the classes can't be divided.
     """
-    _require(image_size, train_per_class, test_per_class)
+    require_counts(image_size, train_per_class, test_per_class)
     counts = (train_per_class, test_per_class)
     train, test = (_images(SPLIT_CHARACTERS, None, s, counts[s], seed, image_size) for s in range(2))
     return class_incremental(
@@ -107,7 +90,7 @@ def split_glyphs(
         class_order_seed=class_order_seed,
         mean=mean,
         std=std,
-        extra=_facts("split_glyphs", seed),
+        extra=rendering_facts("split_glyphs", seed),
     )
 
 
@@ -126,7 +109,7 @@ def domain_glyphs(
     `class_order_seed` draws the order of the styles; `train_per_class` and `test_per_class` count the images of a class
     in one style. All else is as in :func:`split_glyphs`.
     """
-    _require(image_size, train_per_class, test_per_class)
+    require_counts(image_size, train_per_class, test_per_class)
     counts = (train_per_class, test_per_class)
     domains = [
         Domain(name, *(_images(DOMAIN_CHARACTERS, name, s, counts[s], seed, image_size) for s in range(2)))
@@ -139,7 +122,7 @@ def domain_glyphs(
         class_order_seed=class_order_seed,
         mean=mean,
         std=std,
-        extra=_facts("domain_glyphs", seed),
+        extra=rendering_facts("domain_glyphs", seed),
     )
 
 
@@ -158,13 +141,36 @@ def glyph_image(
     char: str, index: int, split: str, *, style: str | None = None, seed: int = 0, image_size: int = IMAGE_SIZE
 ) -> np.ndarray:
     """Image `index` of the class `char` in `split`, uint8 [image_size, image_size, 3]; `style` None is split_glyphs."""
+    if style is None:
+        return drawn_glyph(
+            char, index, split, broken_outline, DIFFICULTY["split_glyphs"], stream=0, seed=seed, image_size=image_size
+        )
+    stream = 1 + list(STYLES).index(style)
+    return drawn_glyph(
+        char, index, split, STYLES[style], DIFFICULTY["domain_glyphs"], stream=stream, seed=seed, image_size=image_size
+    )
+
+
+def drawn_glyph(
+    char: str, index: int, split: str, draw: Style, difficulty: float, *, stream: int, seed: int, image_size: int
+) -> np.ndarray:
+    """An image of the class `char`, uint8 [image_size, image_size, 3], in a look of its own that `draw` makes visible.
+
+    Args:
+        char: one character.
+        index: of the image in its class and split.
+        split: "train" or "test".
+        draw: a mask [1, 1, H, W] in [0, 1] and a look -> an image [1, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1].
+        difficulty: of the look, see :func:`~avalanche_fmlora.data.glyph_render.draw_looks`.
+        stream: of random numbers; one for each kind of image.
+        seed: of the renderings.
+        image_size: side of the result.
+    """
     faces = faces_of(char, split, seed)
-    domain = 0 if style is None else 1 + list(STYLES).index(style)
-    rng = np.random.default_rng((seed, ord(char), domain, _SPLITS.index(split), index))
+    rng = np.random.default_rng((seed, ord(char), stream, _SPLITS.index(split), index))
     # In double precision no processor's rounding reaches an 8-bit pixel, once exact halves are out of the way (below).
     mask = torch.tensor(glyph_mask(char, faces[index % len(faces)]))[None, None].double() / 255
-    look = draw_looks(rng, 1, DIFFICULTY["split_glyphs" if style is None else "domain_glyphs"]).astype(np.float64)
-    image = (_broken_outline if style is None else STYLES[style])(mask, look)
+    image = draw(mask, draw_looks(rng, 1, difficulty).astype(np.float64))
     if image_size != IMAGE_SIZE:
         image = F.interpolate(image, size=(image_size, image_size), mode="bilinear", antialias=True).clamp(0, 1)
     pixels: np.ndarray = (image[0] * 255 + 1e-6).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -184,7 +190,7 @@ def _images(chars: str, style: str | None, split: int, count: int, seed: int, im
     return ImageSet(images, labels)
 
 
-def _require(image_size: int, train_per_class: int, test_per_class: int) -> None:
+def require_counts(image_size: int, train_per_class: int, test_per_class: int) -> None:
     for name, value, least in (
         ("image_size", image_size, 8),
         ("train_per_class", train_per_class, 1),
@@ -194,7 +200,7 @@ def _require(image_size: int, train_per_class: int, test_per_class: int) -> None
             raise ValueError(f"Expected `{name}` to be at least {least} but got {value}.")
 
 
-def _facts(name: str, seed: int) -> dict[str, Any]:
+def rendering_facts(name: str, seed: int) -> dict[str, Any]:
     """What the pixels depend on beside the arguments that the record has already."""
     import matplotlib
     from PIL import __version__ as pillow
@@ -202,82 +208,8 @@ def _facts(name: str, seed: int) -> dict[str, Any]:
 
     return {
         "render_seed": seed,
-        "difficulty": DIFFICULTY[name],
+        **({"difficulty": DIFFICULTY[name]} if name in DIFFICULTY else {}),
         "pillow": pillow,
         "freetype": features.version("freetype2"),
         "matplotlib": matplotlib.__version__,
     }
-
-
-def _rgb(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)[:, None, None]
-
-
-def _outline(alpha: Tensor) -> Tensor:
-    return F.max_pool2d(alpha, 3, 1, 1) + F.max_pool2d(-alpha, 3, 1, 1)
-
-
-def _grain(look: Look) -> Tensor:
-    """The noise of the first channel, [1, 1, H, W], with variance 1."""
-    noise = torch.from_numpy(look.noise[:, :1])
-    return noise / noise.std().clamp_min(1e-6)
-
-
-def _broken_outline(masks: Tensor, look: Look) -> Tensor:
-    """A speckled outline in any colours on any paper: the look of split_glyphs."""
-    alpha = _outline(place(masks, look)) * torch.sigmoid(4 * (_grain(look) + 0.5))
-    paper, ink = layers(look)
-    return (soften(paper + alpha * (ink - paper), 0.5 * look.blur) + 0.5 * torch.from_numpy(look.noise)).clamp(0, 1)
-
-
-def _stamp(masks: Tensor, look: Look) -> Tensor:
-    """A stamp's block, so mirrored, in dark ink on cream paper with fibres."""
-    alpha = place(masks.flip(-1), look)
-    fibres = 0.5 * torch.from_numpy(look.noise) + 0.5 * spread_field(look.texture)
-    paper = _rgb(0.93, 0.88, 0.76) + 0.1 * (colour(look.paper) - 0.5) + fibres.mean(1, keepdim=True)
-    pen = _rgb(0.12, 0.12, 0.28) + 0.3 * (colour(look.ink) - 0.4)
-    return soften(paper + alpha * (pen - paper), look.blur).clamp(0, 1)
-
-
-def _neon(masks: Tensor, look: Look) -> Tensor:
-    """A glowing outline in the dark."""
-    alpha = place(masks, look)
-    outline = _outline(alpha)
-    glow = F.avg_pool2d(outline, 7, 1, 3)
-    tube = colour(look.ink / look.ink.max(1, keepdims=True).clip(0.2))
-    night = 0.15 * colour(look.paper) + 0.6 * spread_field(look.texture)
-    return (night + tube * (0.75 * outline + 0.7 * glow) + 0.5 * torch.from_numpy(look.noise)).clamp(0, 1)
-
-
-def _chalk(masks: Tensor, look: Look) -> Tensor:
-    """Broken strokes of pale chalk on a smeared green board."""
-    alpha = place(masks, look)
-    grain = _grain(look)
-    covered = alpha * torch.sigmoid(4 * (grain + 0.1))
-    board = _rgb(0.16, 0.3, 0.24) + 0.12 * (colour(look.paper) - 0.5) + spread_field(look.texture).mean(1, keepdim=True)
-    chalk = 0.65 + 0.3 * colour(look.ink)
-    return (board + covered * (chalk - board) + 0.06 * grain).clamp(0, 1)
-
-
-def _stripes(masks: Tensor, look: Look) -> Tensor:
-    """Stripes inside the character run across those outside; the mean colours differ little."""
-    alpha = place(masks, look)
-    plane = 1.1 * look.stripes[:, :2] / np.linalg.norm(look.stripes[:, :2], axis=1, keepdims=True).clip(1e-6)
-    across = np.stack([-plane[:, 1], plane[:, 0]], 1)
-    outside, inside = (waves(np.concatenate([p, look.stripes[:, 2:]], 1)) for p in (plane, across))
-    middle = 0.5 + 0.3 * (colour(look.paper) - 0.5)
-    tint = 1.0 * (colour(look.ink) - colour(look.paper))
-    lines = 0.10 * (outside + alpha * (inside - outside))
-    return (middle + alpha * tint + lines + 0.3 * torch.from_numpy(look.noise)).clamp(0, 1)
-
-
-def _mosaic(masks: Tensor, look: Look) -> Tensor:
-    """Square tiles of uneven colour."""
-    picture = render(masks, look)
-    tiles = F.interpolate(picture, size=(16, 16), mode="area")
-    uneven = F.interpolate(torch.from_numpy(look.noise), size=(16, 16), mode="nearest")
-    return F.interpolate(tiles + 0.4 * uneven, size=(IMAGE_SIZE, IMAGE_SIZE), mode="nearest").clamp(0, 1)
-
-
-STYLES: dict[str, Style] = {"stamp": _stamp, "neon": _neon, "chalk": _chalk, "stripes": _stripes, "mosaic": _mosaic}
-"""The domains of :func:`domain_glyphs`, in their order."""

@@ -39,8 +39,8 @@ class MethodConfig(StrictModel):
     logit_scale: Structural[float] = Field(16.0, gt=0)
     """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
     row_transport: bool = False
-    """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the current
-    experience's features."""
+    """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
+    current experience's features."""
     transport_ridge: float = Field(10.0, gt=0)
     """Strength, in samples, of the anchor that holds the transport at the identity."""
     whitening: float | None = Field(None, gt=0)

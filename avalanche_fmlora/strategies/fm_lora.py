@@ -93,8 +93,8 @@ class FMLoRAConfig(MethodConfig):
     classifier: Classifier = "class_mean"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
     row_transport: bool = True
-    """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the current
-    experience's features."""
+    """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
+    current experience's features."""
     whitening: float | None = Field(1.0, gt=0)
     """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
     current features, of which nothing else is kept; null for plain cosines."""
