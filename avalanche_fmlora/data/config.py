@@ -63,7 +63,8 @@ class BenchmarkConfig(BaseModel):
 
     name: BenchmarkName = "split_glyphs"
     """`split_glyphs`, `domain_glyphs` and `uneven_glyphs` are embedded; `image_folder` takes your own images; the
-    others are published data sets: `split_cifar100`, `split_imagenet_r`, `split_cub200`, `domainnet`, `domainnet_cil`."""
+    others are published data sets: `split_cifar100`, `split_imagenet_r`, `split_cub200`, `domainnet` and
+    `domainnet_cil`."""
     path: Path | None = None
     """Folder or archive of `image_folder` or of a published data set; a relative path is looked for here, then below
     the data root. Null: where downloads of the data set are kept."""
