@@ -27,7 +27,7 @@ from torch import Tensor
 from avalanche_fmlora.config import RunConfig, make_run, merged, read_all
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
 from avalanche_fmlora.metrics import summarize
-from avalanche_fmlora.modules.functional import whitened_rows, within_class_covariance
+from avalanche_fmlora.modules.class_rows import whitened_rows, within_class_covariance
 from avalanche_fmlora.plugins._passes import training_features
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules import class_rows
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 @torch.no_grad()
@@ -60,9 +62,9 @@ def test_past_rows_follow_the_drift_where_that_explains_it(
     strategy.train(second)
     after, _ = _features(strategy, [second])
     plugin = next(p for p in strategy.plugins if isinstance(p, ClassMeanPlugin))
-    gain = functional.transport_gain(before, after, ridge).item()
+    gain = class_rows.transport_gain(before, after, ridge).item()
     assert plugin.gains == [pytest.approx(gain, abs=1e-4)]
-    moved = functional.transport_rows(rows, functional.ridge_transport(before, after, ridge)) if gain > 0 else rows
+    moved = class_rows.transport_rows(rows, class_rows.ridge_transport(before, after, ridge)) if gain > 0 else rows
     torch.testing.assert_close(strategy.model.head.rows[:2], moved, rtol=0, atol=1e-4)
     if ridge < 1:
         assert gain > 0
@@ -184,10 +186,10 @@ def test_whitened_rows_come_from_the_current_experience_alone(
     name: str, make_strategy: Any, train: Any, class_benchmark: Any
 ) -> None:
     """Twin: covariance of the last experience's features under the final model; the rows themselves stay means."""
-    strategy = train(make_strategy(name, whitening=0.5), class_benchmark)
+    strategy = train(make_strategy(name, whitening=0.5, whitening_covariance="current"), class_benchmark)
     head = strategy.model.head
     z, y = _features(strategy, [class_benchmark.train_stream[2]])
-    expected = functional.whitened_rows(head.rows, functional.within_class_covariance(z, y), 0.5)
+    expected = class_rows.whitened_rows(head.rows, class_rows.within_class_covariance(z, y), 0.5)
     torch.testing.assert_close(head.folded[0], expected, rtol=1e-4, atol=1e-5)
     images = torch.stack([x for x, *_ in class_benchmark.test_stream[0].dataset])
     logits = strategy.model.eval()(images)
@@ -202,12 +204,52 @@ def test_the_running_covariance_is_the_mean_over_samples(make_strategy: Any, tra
     strategy = train(make_strategy("ncm", whitening=0.5, whitening_covariance="running"), class_benchmark)
     parts = [_features(strategy, [e]) for e in class_benchmark.train_stream]
     total = sum(len(y) for _, y in parts)
-    expected = sum(functional.within_class_covariance(z, y) * len(y) / total for z, y in parts)
+    expected = sum(class_rows.within_class_covariance(z, y) * len(y) / total for z, y in parts)
     head = strategy.model.head
     torch.testing.assert_close(head.covariance, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(head.folded[0], functional.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(head.folded[0], class_rows.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
     assert strategy.model.stored_statistics() == head.dim**2
     assert make_strategy("ncm", whitening=0.5).model.stored_statistics() == 0
+
+
+@pytest.mark.parametrize("benchmark_name", ["class_benchmark", "domain_benchmark"])
+@pytest.mark.parametrize("name", ["fm_lora", "ncm"])
+def test_rows_remember_the_covariances_of_the_past(
+    name: str, benchmark_name: str, make_strategy: Any, train: Any, request: pytest.FixtureRequest
+) -> None:
+    """Twin: the past as its class means and prediction rows tell, moved with the drift, then the mean over samples."""
+    benchmark, shrinkage = request.getfixturevalue(benchmark_name), 0.3
+    options = {"lr_core": 0.05, "transport_ridge": 0.1} if name == "fm_lora" else {}
+    strategy = make_strategy(
+        *(name,), whitening=shrinkage, whitening_covariance="secant", recurring_rows="per_experience", **options
+    )
+    train(strategy, benchmark, n=1)
+    head, (first, second) = strategy.model.head, benchmark.train_stream[:2]
+    rows, folded, n = F.normalize(head.rows, dim=-1).double(), head.folded[0].double(), len(first.dataset)
+    z, y = _features(strategy, [first])
+    current = class_rows.within_class_covariance(z, y)
+    torch.testing.assert_close(head.folded[0], class_rows.whitened_rows(head.rows, current, shrinkage), **CLOSE)
+    before, _ = _features(strategy, [second])
+    strategy.train(second)
+    z, y = _features(strategy, [second])
+    if name == "fm_lora":
+        assert class_rows.transport_gain(before, z, 0.1) > 0
+        moved = torch.eye(head.dim).double() + class_rows.ridge_transport(before, z, 0.1).double()
+        rows, folded = F.normalize(rows @ moved, dim=-1), folded @ torch.linalg.inv(moved).T
+    solved = folded * (folded * rows).sum(1, keepdim=True)
+    current = class_rows.within_class_covariance(z, y).double()
+    current = current / current.trace() * head.dim + shrinkage * torch.eye(head.dim).double()
+    past = class_rows.secant_covariance(current, rows, solved)
+    sigma = past + (current - past) * len(y) / (len(y) + n)
+    means = head.means if len(head.means) else head.rows[None]
+    expected = torch.stack(
+        [class_rows.folded_rows(m, torch.linalg.solve(sigma, F.normalize(m, dim=-1).double().T).T) for m in means]
+    )
+    torch.testing.assert_close(head.folded.double(), expected, rtol=1e-3, atol=1e-3)
+    plain = torch.stack([class_rows.whitened_rows(m, current, 0.0) for m in means])
+    assert (head.folded - plain).abs().max() > 1e-2, "the past changes something"
+    assert len(head.before) == 0
+    assert strategy.model.stored_statistics() == 0
 
 
 @pytest.mark.parametrize("whitening", [None, 0.5])
@@ -220,13 +262,14 @@ def test_one_mean_for_each_experience_of_a_class(
     def remember(strategy: Any) -> None:
         means.append(_means(*_features(strategy, [domain_benchmark.train_stream[len(means)]])))
 
-    options = {"recurring_rows": "per_experience", "whitening": whitening, "lr_core": 0.05, "row_transport": False}
+    options = {"recurring_rows": "per_experience", "whitening": whitening, "whitening_covariance": "current"}
+    options |= {"lr_core": 0.05, "row_transport": False}
     strategy = train(make_strategy("fm_lora", **options), domain_benchmark, after=remember)
     head, rows = strategy.model.head, torch.stack([F.normalize(m, dim=-1) for m in means])
     torch.testing.assert_close(F.normalize(head.means, dim=-1), rows, rtol=1e-4, atol=1e-5)
     if whitening:
-        covariance = functional.within_class_covariance(*_features(strategy, [domain_benchmark.train_stream[-1]]))
-        rows = functional.whitened_rows(rows.flatten(0, 1), covariance, whitening).view_as(rows)
+        covariance = class_rows.within_class_covariance(*_features(strategy, [domain_benchmark.train_stream[-1]]))
+        rows = class_rows.whitened_rows(rows.flatten(0, 1), covariance, whitening).view_as(rows)
     z = F.normalize(strategy.model.eval().features(images), dim=-1)
     expected = torch.stack([head.scale * z @ r.T for r in rows]).max(0).values
     torch.testing.assert_close(strategy.model(images), expected, rtol=1e-3, atol=1e-3)
@@ -246,8 +289,8 @@ def test_kept_means_of_recurring_classes_follow_the_drift(
     before, _ = _features(strategy, [second])
     strategy.train(second)
     after, y = _features(strategy, [second])
-    assert functional.transport_gain(before, after, 0.1) > 0
-    moved = functional.transport_rows(kept, functional.ridge_transport(before, after, 0.1))
+    assert class_rows.transport_gain(before, after, 0.1) > 0
+    moved = class_rows.transport_rows(kept, class_rows.ridge_transport(before, after, 0.1))
     assert (moved - kept).abs().max() > 1e-3
     means = strategy.model.head.means
     if recurring == "mean":

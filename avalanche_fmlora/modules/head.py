@@ -30,6 +30,7 @@ class IncrementalHead(nn.Module):
         seen: bool, shape [C].
         counts: training samples of each class so far, shape [C].
         folded: rows for prediction between experiences, see :meth:`fold`; shape [K, C, D], K = 0 if there are none.
+        before: `folded` as the experience in training found them, until the next :meth:`fold`; never saved.
         means: class means kept apart from rows that go on training, see :meth:`keep_means`; shape [K, C, D].
         occurrences: experiences in which a class has been written, shape [C]; further means of it repeat its first.
         covariance: mean within-class covariance, shape [D, D], or [0, D] if it is not kept (:meth:`take_covariance`).
@@ -43,6 +44,7 @@ class IncrementalHead(nn.Module):
     counts: Tensor
     covariance_samples: Tensor
     folded: Tensor
+    before: Tensor
     means: Tensor
     occurrences: Tensor
     covariance: Tensor
@@ -60,6 +62,7 @@ class IncrementalHead(nn.Module):
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(0))
         self.register_buffer("folded", torch.zeros(0, 0, dim))
+        self.register_buffer("before", torch.zeros(0, 0, dim), persistent=False)
         self.register_buffer("means", torch.zeros(0, 0, dim))
         self.register_buffer("occurrences", torch.zeros(0, dtype=torch.long))
         self.register_buffer("covariance", torch.zeros(0, dim))
@@ -100,6 +103,8 @@ class IncrementalHead(nn.Module):
     def begin(self, classes: Iterable[int]) -> None:
         """Open an experience: its classes' rows become parameters; new rows start random (cosine) or at zero."""
         self.close()
+        if len(self.folded):
+            self.before = self.folded
         self.folded = self.folded[:0]
         ordered = sorted(int(c) for c in classes)
         self.grow(ordered)
@@ -146,6 +151,7 @@ class IncrementalHead(nn.Module):
                 f"Expected rows of a cosine head, shape [K, {self.n_classes}, {self.dim}], but got {tuple(rows.shape)}."
             )
         self.folded = rows.to(self.rows)
+        self.before = self.before[:0]
 
     @torch.no_grad()
     def keep_means(self) -> None:

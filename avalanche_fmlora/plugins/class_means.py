@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules import class_rows
 from avalanche_fmlora.plugins._passes import training_features
 
 
@@ -25,9 +25,12 @@ class ClassMeanPlugin(SupervisedPlugin):
             kept of those that recur, along with the drift of its images' features, where a map fitted on half of them
             explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
-        whitening: shrinkage λ; where given, predictions between experiences are made in the space in which the current
-            experience's images scatter alike in all directions around their class means. Only rows are kept of it.
-        running: whiten by the covariance of all experiences so far instead, which the head keeps.
+        whitening: shrinkage λ; where given, predictions between experiences are made in the space in which images
+            scatter alike in all directions around their class means. Only rows are kept of it.
+        covariance: what is known of that scatter. `current`: the current experience's. `secant`: also that of the past,
+            as far as its class means and their whitened rows tell
+            (:func:`~avalanche_fmlora.modules.class_rows.secant_covariance`). `running`: the mean over all experiences,
+            which the head keeps.
         recurring: what predicts a class that recurs: its row as trained (which is never whitened, being no mean), the
             mean over all its samples, or one mean for each of its experiences, the nearest of which counts.
 
@@ -42,7 +45,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         transport: bool = False,
         ridge: float = 10.0,
         whitening: float | None = None,
-        running: bool = False,
+        covariance: Literal["current", "secant", "running"] = "current",
         recurring: Literal["trained", "mean", "per_experience"] = "trained",
     ) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         self.transport = transport
         self.ridge = ridge
         self.whitening = whitening
-        self.running = running
+        self.covariance = covariance
         self.recurring = recurring
         self.gains: list[float] = []
         self._before: Tensor | None = None
@@ -75,8 +78,9 @@ class ClassMeanPlugin(SupervisedPlugin):
         if self._before is not None:
             self._move(head, labels, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
         self._before = None
+        pairs = self._pairs(head)
         classes = labels.unique()
-        means, counts = functional.class_means(features, labels, classes)
+        means, counts = class_rows.class_means(features, labels, classes)
         if len(head.means):
             head.add_means(classes, means, counts, separate=self.recurring == "per_experience")
         if self.train_rows:
@@ -87,21 +91,39 @@ class ClassMeanPlugin(SupervisedPlugin):
             self._write(head, features, labels, classes)
         head.counts += torch.bincount(labels, minlength=head.n_classes)
         head.occurrences[classes] += 1
-        self._fold(head, features, labels)
+        self._fold(head, features, labels, pairs)
 
-    def _fold(self, head: Any, features: Tensor, labels: Tensor) -> None:
+    def _pairs(self, head: Any) -> tuple[Tensor, Tensor] | None:
+        """Class means [M, D] of the past and their ``Σ⁻¹w`` [M, D], where whitening is to go on from them."""
+        if self.covariance != "secant" or self.whitening is None or not len(head.before):
+            return None
+        past = (head.counts[: head.before.shape[1]] > 0).nonzero().squeeze(1)
+        means = head.means if len(head.means) else head.rows[None]
+        rows, folded = (x[: len(head.before), past].flatten(0, 1) for x in (means, head.before))
+        return rows, class_rows.unfolded_rows(rows, folded)
+
+    def _fold(self, head: Any, features: Tensor, labels: Tensor, pairs: tuple[Tensor, Tensor] | None) -> None:
         """Rows for prediction, where they are other than the head's own."""
         means = head.means if len(head.means) else head.rows[None]
-        if self.whitening is not None:
-            covariance = functional.within_class_covariance(features, labels)
-            if self.running:
-                covariance = head.take_covariance(covariance, len(labels))
-            trained = self.train_rows and self.recurring == "trained" and bool((head.occurrences > 1).any())
-            if not trained:
-                rows = functional.whitened_rows(means.flatten(0, 1), covariance, self.whitening)
-                head.fold(rows.view_as(means))
+        trained = self.train_rows and self.recurring == "trained" and bool((head.occurrences > 1).any())
+        if self.whitening is not None and not trained:
+            rows, covariance = means.flatten(0, 1), self._covariance(head, features, labels, pairs)
+            solved = class_rows.solved_rows(rows, covariance, self.whitening)
+            head.fold(class_rows.folded_rows(rows, solved).view_as(means))
         elif len(head.means):
             head.fold(F.normalize(means, dim=-1))
+
+    def _covariance(self, head: Any, features: Tensor, labels: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What is known of the scatter within classes, trace normalised, float64 [D, D]."""
+        current = class_rows.within_class_covariance(features, labels)
+        if self.covariance == "running":
+            return class_rows.trace_normalized(head.take_covariance(current, len(labels)))
+        current = class_rows.trace_normalized(current)
+        if pairs is None or self.whitening is None:
+            return current
+        shrinkage = self.whitening * torch.eye(len(current), dtype=current.dtype, device=current.device)
+        past = class_rows.secant_covariance(current + shrinkage, *pairs) - shrinkage
+        return past + (current - past) * (len(labels) / float(head.counts.sum()))
 
     @staticmethod
     def _absent(head: Any, labels: Tensor) -> Tensor:
@@ -110,23 +132,27 @@ class ClassMeanPlugin(SupervisedPlugin):
         return absent
 
     def _move(self, head: Any, labels: Tensor, before: Tensor, after: Tensor) -> None:
-        gain = float(functional.transport_gain(before, after, self.ridge))
+        gain = float(class_rows.transport_gain(before, after, self.ridge))
         self.gains.append(gain)
         if gain <= 0:
             return
         absent = self._absent(head, labels).nonzero().squeeze(1)
-        transport = functional.ridge_transport(before, after, self.ridge)
-        head.write(absent, functional.transport_rows(head.rows[absent], transport))
+        transport = class_rows.ridge_transport(before, after, self.ridge)
+        if len(head.before):
+            head.before = (
+                class_rows.transport_solved(head.before.flatten(0, 1), transport).view_as(head.before).to(head.before)
+            )
+        head.write(absent, class_rows.transport_rows(head.rows[absent], transport))
         if len(head.means):  # those of this experience's images are not among them yet
             past = (head.counts > 0).nonzero().squeeze(1)
             means = head.means[:, past]
-            head.means[:, past] = functional.transport_rows(means, transport) * means.norm(dim=-1, keepdim=True)
+            head.means[:, past] = class_rows.transport_rows(means, transport) * means.norm(dim=-1, keepdim=True)
 
     def _write(self, head: Any, features: Tensor, labels: Tensor, classes: Tensor) -> None:
         """Rows of `classes`: means of all samples so far, those of the past standing in as rows · n."""
         if not len(classes):
             return
-        means, n = functional.class_means(features, labels, classes)
+        means, n = class_rows.class_means(features, labels, classes)
         past = head.counts[classes][:, None]
         combined = (past * head.rows[classes] + n[:, None] * means) / (past + n[:, None])
         # Rows that never train keep their length, so that they stay the exact means of all samples, however split.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules import class_rows, functional
 from avalanche_fmlora.modules.rank_selector import RankSelector
 from avalanche_fmlora.plugins._passes import training_features, training_images
 
@@ -145,7 +145,7 @@ class RankSelectionPlugin(SupervisedPlugin):
     def _similarity(self, strategy: Any, features: Tensor, labels: Tensor) -> float:
         """Cosine of the descent direction at the start and the core so far; class means stand in for the head."""
         classes = labels.unique()
-        means, _ = functional.class_means(features, labels, classes)
+        means, _ = class_rows.class_means(features, labels, classes)
         rows, slot = F.normalize(means, dim=-1), {int(c): i for i, c in enumerate(classes)}
         lora = strategy.model.lora
         cores = [layer.core for layer in lora.layers]

@@ -163,7 +163,7 @@ class ContinualStrategy(DataLoading):
             transport=transport,
             ridge=c.transport_ridge,
             whitening=c.whitening,
-            running=c.whitening_covariance == "running",
+            covariance=c.whitening_covariance,
             recurring=c.recurring_rows,
         )
 

@@ -44,11 +44,12 @@ class MethodConfig(StrictModel):
     transport_ridge: float = Field(10.0, gt=0)
     """Strength, in samples, of the anchor that holds the transport at the identity."""
     whitening: float | None = Field(None, gt=0)
-    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
-    current features, of which nothing else is kept; null for plain cosines."""
-    whitening_covariance: Literal["current", "running"] = "current"
-    """Covariance that whitens: of the current experience, or the mean over all experiences so far, for which D x D
-    numbers are kept (a stored statistic, which the record declares)."""
+    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the covariance within classes; null for
+    plain cosines."""
+    whitening_covariance: Literal["current", "secant", "running"] = "current"
+    """Covariance that whitens: of the current experience's features; also of the past, as far as class means and their
+    whitened rows remember it, which keeps nothing but these rows; or the mean over all experiences so far, for which
+    D x D numbers are kept (a stored statistic, which the record declares)."""
     recurring_rows: RecurringRows = "trained"
     """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
     over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""

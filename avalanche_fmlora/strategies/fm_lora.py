@@ -95,9 +95,13 @@ class FMLoRAConfig(MethodConfig):
     row_transport: bool = True
     """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
     current experience's features."""
-    whitening: float | None = Field(1.0, gt=0)
-    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the within-class covariance of the
-    current features, of which nothing else is kept; null for plain cosines."""
+    whitening: float | None = Field(0.3, gt=0)
+    """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the covariance within classes; null for
+    plain cosines."""
+    whitening_covariance: Literal["current", "secant", "running"] = "secant"
+    """Covariance that whitens: of the current experience's features; also of the past, as far as class means and their
+    whitened rows remember it, which keeps nothing but these rows; or the mean over all experiences so far, for which
+    D x D numbers are kept (a stored statistic, which the record declares)."""
     recurring_rows: RecurringRows = "per_experience"
     """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
     over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""
