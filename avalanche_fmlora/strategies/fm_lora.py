@@ -86,7 +86,7 @@ class FMLoRAConfig(MethodConfig):
     """Weight λ_core of ‖C_t − C_{t−1}‖²."""
     rank_selection: RankSelectionConfig | None = RankSelectionConfig()
     """Dynamic rank selector; null keeps rank R in every experience. A RankSelectionPlugin is taken too."""
-    prompt_length: Structural[int] = Field(4, ge=0)
+    prompt_length: Structural[int] = Field(1, ge=0)
     """Tokens L of the meta-prompt; 0 for none."""
     meta_prompt: MetaPromptConfig = MetaPromptConfig()
     """How the meta-prompt moves. A plugin is taken too."""
