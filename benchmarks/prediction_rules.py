@@ -4,8 +4,9 @@
 
 Each method trains once, with `class_mean` rows; after every experience the test images seen so far are encoded once and
 classified by each rule, so rules differ in nothing else. They are plain cosines to the class means, and cosines after
-whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept) or by the mean over all
-experiences so far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
+whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept), by what the rows remember of
+the past (nothing but rows kept; one λ, 0.3 unless `whitening=…` says otherwise) or by the mean over all experiences so
+far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
 Without methods, the CSV is printed as a table.
 """
 
@@ -37,9 +38,11 @@ SHOWN = {
     "whitened, current, λ=0.1": "whitened, λ = 0.1",
     "whitened, current, λ=1": "whitened, λ = 1",
     "whitened, current, λ=10": "whitened, λ = 10",
+    "whitened, secant": "remembered, λ = 0.3",
     "whitened, running, λ=0.1": "covariance kept, λ = 0.1",
     "whitened, running, λ=1": "covariance kept, λ = 1",
 }
+OPTIONS = {"classifier": "class_mean", "whitening": 0.3, "whitening_covariance": "secant"}
 FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS)
 
 
@@ -78,6 +81,8 @@ def run(config: RunConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
         running = running + (current - running) * len(labels) / samples
         head = strategy.model.head
         rules = prediction_rows(head.means if len(head.means) else head.rows[None], current, running)
+        if strategy.config.whitening_covariance == "secant":
+            rules["whitened, secant"] = head.folded
         for name in rules:
             matrices.setdefault(name, []).append([None] * count)
         for i in range(t + 1):
@@ -146,7 +151,7 @@ def main() -> None:
         shared.pop(axis, None)
     for words in arguments.methods:
         name, *options = words.split()
-        own = {"classifier": "class_mean", **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in options)}}
+        own = {**OPTIONS, **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in options)}}
         extra = {"method": name, "method_options": own, "class_order_seed": arguments.class_order_seed}
         rows = list(run(make_run(merged(shared, extra)), arguments.data_root))
         write(arguments.out, rows)

@@ -25,6 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
         (None, "current", "cosine"),
         (0.3, "current", "whitened, current, λ=0.3"),
         (1.0, "running", "whitened, running, λ=1"),
+        (0.3, "secant", "whitened, secant"),
     ],
 )
 def test_a_rule_is_what_a_run_with_it_scores(
@@ -39,7 +40,7 @@ def test_a_rule_is_what_a_run_with_it_scores(
     method_options = {"rank": 4, "whitening": whitening, "whitening_covariance": covariance}
     config = make_run({**options, "method_options": method_options})
     rows = {row["rule"]: row for row in script.run(config, None)}
-    assert len(rows) == 1 + 2 * len(script.SHRINKAGES)
+    assert len(rows) == 1 + 2 * len(script.SHRINKAGES) + (covariance == "secant")
     metrics = run(config)["metrics"]
     for name in script.METRICS:
         assert float(rows[rule][name]) == pytest.approx(metrics[name], abs=6e-5)  # type: ignore[literal-required]
