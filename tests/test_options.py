@@ -48,6 +48,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "whitening_covariance": {"classifier": "class_mean", "whitening": 0.1},
     "momentum": {"optimizer": "sgd"},
     "slow_share": {"bases": "slow"},
+    "tau_start": {"lr_rank": 1.0},
+    "tau_end": {"lr_rank": 1.0},
     "n_tasks": {"threshold": 0.5},
     "restrict_to_seen": {"n_tasks": 5},
     "g_blocks": {"e_blocks": ()},
@@ -59,6 +61,7 @@ _HEAD_ONLY = {"row_transport": "features never drift", "transport_ridge": "featu
 _ONE_EXPERIENCE = {
     "row_transport": "there is no past",
     "transport_ridge": "there is no past",
+    "whitening_covariance": "there is no past",
     "loss_classes": "all classes are current",
 }
 INERT: dict[str, dict[str, str]] = {

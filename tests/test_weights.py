@@ -45,7 +45,7 @@ def test_the_backbone_is_not_in_the_file(trained: Any, tmp_path: Path) -> None:
     assert not [name for name in tensors if ".base." in name or "patch_embed" in name]
     head = sum(t.numel() for name, t in tensors.items() if name.startswith("head."))
     others = sum(t.numel() for t in tensors.values()) - head
-    assert others == trained.model.stored_parameters() + 3 + 4 * 16, (
+    assert others == trained.model.stored_parameters() + 3 + 16, (
         "updates and prompt; two counters and the first complexity; the prompt's anchor"
     )
     with safetensors.safe_open(path, framework="pt") as file:
