@@ -4,9 +4,9 @@
 
 Each method trains once, with `class_mean` rows; after every experience the test images seen so far are encoded once and
 classified by each rule, so rules differ in nothing else. They are plain cosines to the class means, and cosines after
-whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept), by what the rows remember of
-the past (nothing but rows kept; one λ, 0.3 unless `whitening=…` says otherwise) or by the mean over all experiences so
-far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
+whitening with shrinkage λ, by the covariance of the current experience alone (nothing kept), by what the rows remember
+of the past (nothing but rows kept; one λ, 0.3 unless `whitening=…` says otherwise) or by the mean over all experiences
+so far (D x D numbers kept). Rows go to the CSV; those of the same data, method and options are replaced.
 Without methods, the CSV is printed as a table.
 """
 

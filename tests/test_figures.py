@@ -221,7 +221,8 @@ def test_draw_makes_a_figure_for_each_protocol() -> None:
 
 
 def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
-    for one in (make(method="fm_lora"), make(method="ncm"), make(method="joint", joint=True)):
+    whitened = make(method="ncm", label="ncm, whitened rows", order=1)
+    for one in (make(method="fm_lora"), make(method="ncm"), make(method="joint", joint=True), whitened):
         write_record(one, tmp_path / "records")
 
     def plot(*arguments: str) -> Any:
@@ -232,10 +233,11 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "f").iterdir()} == {f"{kind}.svg" for kind in KINDS}
     assert plot("--kind", "matrix", "--to", str(tmp_path / "m.pdf")).exit_code == 0
     assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
+    assert plot("--kind", "matrix", "--methods", 'fm_lora, "ncm, whitened rows"').exit_code == 0
     for arguments, message in (
         (["--kind", "all", "--to", "all.png"], "Expected a folder for 6 figures"),
         (["--to", "a.png", "--format", "svg"], "to end in .svg"),
-        (["--methods", "l2p"], "to be among ['fm_lora', 'joint', 'ncm'] but got ['l2p']"),
+        (["--methods", "l2p"], "to be among ['fm_lora', 'joint', 'ncm', 'ncm, whitened rows'] but got ['l2p']"),
         (["--kind", "matrix", "--methods", "joint"], "joint training is only at the end"),
     ):
         wrong = plot(*arguments)

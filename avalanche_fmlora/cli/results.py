@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def table(folder: Path, style: Any, csv_to: Path | None, reference: str | None) 
 @click.option(
     "--format", "ending", type=click.Choice(["png", "svg", "pdf"]), help="[default: png, or that of the file]"
 )
-@click.option("--methods", help="Only these methods or labels, with commas between.")
+@click.option("--methods", help="Only these methods or labels, with commas between (one that has a comma in quotes).")
 def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: str | None) -> None:
     """Draw figures from the records in FOLDER (default: runs), as wide as a column.
 
@@ -105,7 +106,7 @@ def report(folder: Path, to: Path | None, title: str | None, reference: str | No
 def _only(records: list[Record], methods: str | None) -> list[Record]:
     if methods is None:
         return records
-    wanted = {name.strip() for name in methods.split(",")}
+    wanted = {name.strip() for name in next(csv.reader([methods], skipinitialspace=True))}
     there = {name for r in records for name in (r["config"]["method"], r["config"]["label"]) if name}
     if wanted - there:
         raise ValueError(f"Expected --methods to be among {sorted(there)} but got {sorted(wanted - there)}.")
