@@ -28,7 +28,7 @@ from torch import Tensor
 from avalanche_fmlora.config import RunConfig, make_run, merged, read_all
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
 from avalanche_fmlora.metrics import summarize
-from avalanche_fmlora.modules.class_rows import whitened_rows, within_class_covariance
+from avalanche_fmlora.modules.class_rows import trace_normalized, whitened_rows, within_class_covariance
 from avalanche_fmlora.plugins._passes import training_features
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -49,7 +49,8 @@ FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS
 def prediction_rows(means: Tensor, current: Tensor, running: Tensor) -> dict[str, Tensor]:
     """Rows [K, C, D] of each rule from class means [K, C, D] and the two covariances [D, D]."""
     rules = {"cosine": F.normalize(means, dim=-1)}
-    for name, covariance in (("whitened, current", current), ("whitened, running", running)):
+    for name, found in (("whitened, current", current), ("whitened, running", running)):
+        covariance = trace_normalized(found)
         for shrinkage in SHRINKAGES:
             rows = whitened_rows(means.flatten(0, 1), covariance, shrinkage)
             rules[f"{name}, λ={shrinkage:g}"] = rows.view_as(means)

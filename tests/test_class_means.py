@@ -24,6 +24,11 @@ def _features(strategy: Any, experiences: Any) -> tuple[Tensor, Tensor]:
     return F.normalize(z, dim=-1), torch.tensor([y for _, y in samples])
 
 
+def whitened(rows: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
+    """With a covariance of any scale."""
+    return class_rows.whitened_rows(rows, class_rows.trace_normalized(covariance), shrinkage)
+
+
 def _means(z: Tensor, y: Tensor) -> Tensor:
     return torch.stack([z[y == c].mean(0) for c in y.unique()])
 
@@ -189,7 +194,7 @@ def test_whitened_rows_come_from_the_current_experience_alone(
     strategy = train(make_strategy(name, whitening=0.5, whitening_covariance="current"), class_benchmark)
     head = strategy.model.head
     z, y = _features(strategy, [class_benchmark.train_stream[2]])
-    expected = class_rows.whitened_rows(head.rows, class_rows.within_class_covariance(z, y), 0.5)
+    expected = whitened(head.rows, class_rows.within_class_covariance(z, y), 0.5)
     torch.testing.assert_close(head.folded[0], expected, rtol=1e-4, atol=1e-5)
     images = torch.stack([x for x, *_ in class_benchmark.test_stream[0].dataset])
     logits = strategy.model.eval()(images)
@@ -207,7 +212,7 @@ def test_the_running_covariance_is_the_mean_over_samples(make_strategy: Any, tra
     expected = sum(class_rows.within_class_covariance(z, y) * len(y) / total for z, y in parts)
     head = strategy.model.head
     torch.testing.assert_close(head.covariance, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(head.folded[0], class_rows.whitened_rows(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(head.folded[0], whitened(head.rows, expected, 0.5), rtol=1e-3, atol=1e-4)
     assert strategy.model.stored_statistics() == head.dim**2
     assert make_strategy("ncm", whitening=0.5).model.stored_statistics() == 0
 
@@ -228,7 +233,7 @@ def test_rows_remember_the_covariances_of_the_past(
     rows, folded, n = F.normalize(head.rows, dim=-1).double(), head.folded[0].double(), len(first.dataset)
     z, y = _features(strategy, [first])
     current = class_rows.within_class_covariance(z, y)
-    torch.testing.assert_close(head.folded[0], class_rows.whitened_rows(head.rows, current, shrinkage), **CLOSE)
+    torch.testing.assert_close(head.folded[0], whitened(head.rows, current, shrinkage), **CLOSE)
     before, _ = _features(strategy, [second])
     strategy.train(second)
     z, y = _features(strategy, [second])
@@ -269,7 +274,7 @@ def test_one_mean_for_each_experience_of_a_class(
     torch.testing.assert_close(F.normalize(head.means, dim=-1), rows, rtol=1e-4, atol=1e-5)
     if whitening:
         covariance = class_rows.within_class_covariance(*_features(strategy, [domain_benchmark.train_stream[-1]]))
-        rows = class_rows.whitened_rows(rows.flatten(0, 1), covariance, whitening).view_as(rows)
+        rows = whitened(rows.flatten(0, 1), covariance, whitening).view_as(rows)
     z = F.normalize(strategy.model.eval().features(images), dim=-1)
     expected = torch.stack([head.scale * z @ r.T for r in rows]).max(0).values
     torch.testing.assert_close(strategy.model(images), expected, rtol=1e-3, atol=1e-3)

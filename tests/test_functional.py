@@ -304,8 +304,9 @@ def test_whitened_rows_rank_classes_as_cosines_after_whitening(shrinkage: float)
     torch.manual_seed(0)
     rows, features = torch.randn(5, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
     half = torch.randn(6, 6, dtype=torch.float64)
-    covariance = half @ half.T
-    sigma = covariance + shrinkage * covariance.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    covariance = class_rows.trace_normalized(half @ half.T)
+    assert covariance.trace().item() == pytest.approx(6)
+    sigma = covariance + shrinkage * torch.eye(6, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(sigma)
     root = vectors @ torch.diag(values**-0.5) @ vectors.T
     expected = F.normalize(features @ root, dim=-1) @ F.normalize(rows @ root, dim=-1).T
@@ -357,6 +358,7 @@ def test_pairs_that_say_the_same_are_no_harm() -> None:
 
 def test_whitened_rows_move_with_the_features() -> None:
     """Twin: whitening after the move."""
+    torch.manual_seed(0)
     rows, covariance = torch.randn(3, 8, dtype=torch.float64), some_covariance(8, 1)
     transport = 0.1 * torch.randn(8, 8, dtype=torch.float64)
     moved = torch.eye(8, dtype=torch.float64) + transport

@@ -34,7 +34,7 @@ def broken_outline(masks: Tensor, look: Look, share: float = 1.0) -> Tensor:
     filled the more, as the backbone knows them."""
     filled = place(masks, look)
     alpha = _outline(filled) * torch.sigmoid(4 * (_grain(look) + 0.5))
-    alpha = alpha if share == 1 else filled + share * (alpha - filled)
+    alpha = torch.lerp(filled, alpha, share)
     paper, ink = layers(look)
     return (soften(paper + alpha * (ink - paper), 0.5 * look.blur) + 0.5 * torch.from_numpy(look.noise)).clamp(0, 1)
 

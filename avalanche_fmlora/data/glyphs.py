@@ -46,7 +46,7 @@ MAX_MIRRORED_LIKENESS = 0.95
 DIFFICULTY = {"split_glyphs": 0.6, "domain_glyphs": 1.0}
 """Of the looks, see :func:`~avalanche_fmlora.data.glyph_render.draw_looks`."""
 
-_SPLITS = ("train", "test")
+SPLITS = ("train", "test")
 
 
 def split_glyphs(
@@ -90,7 +90,7 @@ def split_glyphs(
         class_order_seed=class_order_seed,
         mean=mean,
         std=std,
-        extra=rendering_facts("split_glyphs", seed),
+        extra=rendering_facts(seed, difficulty=DIFFICULTY["split_glyphs"]),
     )
 
 
@@ -122,7 +122,7 @@ def domain_glyphs(
         class_order_seed=class_order_seed,
         mean=mean,
         std=std,
-        extra=rendering_facts("domain_glyphs", seed),
+        extra=rendering_facts(seed, difficulty=DIFFICULTY["domain_glyphs"]),
     )
 
 
@@ -167,7 +167,7 @@ def drawn_glyph(
         image_size: side of the result.
     """
     faces = faces_of(char, split, seed)
-    rng = np.random.default_rng((seed, ord(char), stream, _SPLITS.index(split), index))
+    rng = np.random.default_rng((seed, ord(char), stream, SPLITS.index(split), index))
     # In double precision no processor's rounding reaches an 8-bit pixel, once exact halves are out of the way (below).
     mask = torch.tensor(glyph_mask(char, faces[index % len(faces)]))[None, None].double() / 255
     image = draw(mask, draw_looks(rng, 1, difficulty).astype(np.float64))
@@ -180,12 +180,13 @@ def drawn_glyph(
 @lru_cache(maxsize=32)
 def _images(chars: str, style: str | None, split: int, count: int, seed: int, image_size: int) -> ImageSet:
     """`count` images of each of `chars`, class after class; read-only, since all callers share it."""
-    name = _SPLITS[split]
-    images = np.stack(
-        [glyph_image(c, k, name, style=style, seed=seed, image_size=image_size) for c in chars for k in range(count)]
-    )
-    images = np.ascontiguousarray(images)
-    labels = np.repeat(np.arange(len(chars)), count)
+    common: dict[str, Any] = {"split": SPLITS[split], "style": style, "seed": seed, "image_size": image_size}
+    return class_after_class([glyph_image(c, k, **common) for c in chars for k in range(count)], count)
+
+
+def class_after_class(drawn: Sequence[np.ndarray], count: int) -> ImageSet:
+    """Images of which each `count` in turn are a class; read-only."""
+    images, labels = np.stack(drawn), np.arange(len(drawn)) // count
     images.flags.writeable = labels.flags.writeable = False
     return ImageSet(images, labels)
 
@@ -200,15 +201,15 @@ def require_counts(image_size: int, train_per_class: int, test_per_class: int) -
             raise ValueError(f"Expected `{name}` to be at least {least} but got {value}.")
 
 
-def rendering_facts(name: str, seed: int) -> dict[str, Any]:
-    """What the pixels depend on beside the arguments that the record has already."""
+def rendering_facts(seed: int, **looks: Any) -> dict[str, Any]:
+    """What the pixels depend on beside the arguments that the record has already; `looks` as they come."""
     import matplotlib
     from PIL import __version__ as pillow
     from PIL import features
 
     return {
         "render_seed": seed,
-        **({"difficulty": DIFFICULTY[name]} if name in DIFFICULTY else {}),
+        **looks,
         "pillow": pillow,
         "freetype": features.version("freetype2"),
         "matplotlib": matplotlib.__version__,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,20 +50,21 @@ class LoaderItems(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        place = None if self.seeds is None else (*self.seeds[1:], int(self.epoch), int(index))
+        if self.seeds is None:
+            return self._read(index, self._apply)
+        run, place = self.seeds[0], (*self.seeds[1:], int(self.epoch), int(index))
 
         def apply(transform: ImageTransform, image: Tensor) -> Any:
-            if transform.seed is None or place is None:
-                return self._apply(transform, image)
-            with drawn_from(transform.seed, *place):
+            with nullcontext() if transform.seed is None else drawn_from(transform.seed, *place):
                 return self._apply(transform, image)
 
+        with drawn_from(run, *place):
+            return self._read(index, apply)
+
+    def _read(self, index: int, apply: Callable[[ImageTransform, Tensor], Any]) -> Any:
         token = application.set(apply)
         try:
-            if self.seeds is None or place is None:
-                return self.dataset[index]
-            with drawn_from(self.seeds[0], *place):
-                return self.dataset[index]
+            return self.dataset[index]
         finally:
             application.reset(token)
 

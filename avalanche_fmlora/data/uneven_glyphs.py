@@ -10,9 +10,11 @@ import numpy as np
 
 from avalanche_fmlora.data.base import ImageSet, class_incremental, order_of
 from avalanche_fmlora.data.glyph_render import GLYPH_MEAN, GLYPH_STD, IMAGE_SIZE
+from avalanche_fmlora.data.glyph_styles import broken_outline
 from avalanche_fmlora.data.glyphs import (
     SPLIT_CHARACTERS,
-    broken_outline,
+    SPLITS,
+    class_after_class,
     drawn_glyph,
     rendering_facts,
     require_counts,
@@ -74,7 +76,7 @@ def uneven_glyphs(
         class_order_seed=class_order_seed,
         mean=mean,
         std=std,
-        extra={**rendering_facts("uneven_glyphs", seed), "levels": [round(level, 4) for level in levels]},
+        extra=rendering_facts(seed, levels=[round(level, 4) for level in levels]),
     )
 
 
@@ -94,10 +96,10 @@ def levels_of(n_experiences: int, class_order_seed: int | None) -> tuple[float, 
 @lru_cache(maxsize=8)
 def _images(levels: tuple[float, ...], split: int, count: int, seed: int, image_size: int) -> ImageSet:
     """`count` images of each class at its level, class after class; read-only, since all callers share it."""
-    images = np.stack(
+    return class_after_class(
         [
             drawn_glyph(
-                *(char, index, ("train", "test")[split]),
+                *(char, index, SPLITS[split]),
                 partial(broken_outline, share=level),
                 EASIEST + (HARDEST - EASIEST) * level,
                 stream=_STREAM,
@@ -106,8 +108,6 @@ def _images(levels: tuple[float, ...], split: int, count: int, seed: int, image_
             )
             for char, level in zip(SPLIT_CHARACTERS, levels, strict=True)
             for index in range(count)
-        ]
+        ],
+        count,
     )
-    labels = np.repeat(np.arange(len(SPLIT_CHARACTERS)), count)
-    images.flags.writeable = labels.flags.writeable = False
-    return ImageSet(images, labels)

@@ -137,12 +137,12 @@ def folded_rows(rows: Tensor, solved: Tensor) -> Tensor:
 
 
 def whitened_rows(rows: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
-    """Class means [C, D] folded with a covariance [D, D] of any scale: all of the steps above.
+    """Class means [C, D] -> :func:`folded_rows` of them, for a :func:`trace_normalized` covariance [D, D].
 
-    >>> whitened_rows(torch.tensor([[3.0, 4.0]]), torch.eye(2), 3.0)
+    >>> whitened_rows(torch.tensor([[3.0, 4.0]]), torch.eye(2, dtype=torch.float64), 3.0)
     tensor([[0.3000, 0.4000]])
     """
-    return folded_rows(rows, solved_rows(rows, trace_normalized(covariance), shrinkage)).to(rows)
+    return folded_rows(rows, solved_rows(rows, covariance, shrinkage)).to(rows)
 
 
 def unfolded_rows(rows: Tensor, folded: Tensor) -> Tensor:

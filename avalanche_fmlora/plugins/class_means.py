@@ -107,22 +107,24 @@ class ClassMeanPlugin(SupervisedPlugin):
         means = head.means if len(head.means) else head.rows[None]
         trained = self.train_rows and self.recurring == "trained" and bool((head.occurrences > 1).any())
         if self.whitening is not None and not trained:
-            rows, covariance = means.flatten(0, 1), self._covariance(head, features, labels, pairs)
-            solved = class_rows.solved_rows(rows, covariance, self.whitening)
-            head.fold(class_rows.folded_rows(rows, solved).view_as(means))
+            covariance = self._covariance(head, features, labels, pairs, self.whitening)
+            rows = class_rows.whitened_rows(means.flatten(0, 1), covariance, self.whitening)
+            head.fold(rows.view_as(means))
         elif len(head.means):
             head.fold(F.normalize(means, dim=-1))
 
-    def _covariance(self, head: Any, features: Tensor, labels: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _covariance(
+        self, head: Any, features: Tensor, labels: Tensor, pairs: tuple[Tensor, Tensor] | None, shrinkage: float
+    ) -> Tensor:
         """What is known of the scatter within classes, trace normalised, float64 [D, D]."""
         current = class_rows.within_class_covariance(features, labels)
         if self.covariance == "running":
             return class_rows.trace_normalized(head.take_covariance(current, len(labels)))
         current = class_rows.trace_normalized(current)
-        if pairs is None or self.whitening is None:
+        if pairs is None:
             return current
-        shrinkage = self.whitening * torch.eye(len(current), dtype=current.dtype, device=current.device)
-        past = class_rows.secant_covariance(current + shrinkage, *pairs) - shrinkage
+        ridge = shrinkage * torch.eye(len(current), dtype=current.dtype, device=current.device)
+        past = class_rows.secant_covariance(current + ridge, *pairs) - ridge
         return past + (current - past) * (len(labels) / float(head.counts.sum()))
 
     @staticmethod
@@ -139,9 +141,8 @@ class ClassMeanPlugin(SupervisedPlugin):
         absent = self._absent(head, labels).nonzero().squeeze(1)
         transport = class_rows.ridge_transport(before, after, self.ridge)
         if len(head.before):
-            head.before = (
-                class_rows.transport_solved(head.before.flatten(0, 1), transport).view_as(head.before).to(head.before)
-            )
+            moved = class_rows.transport_solved(head.before.flatten(0, 1), transport)
+            head.before = moved.view_as(head.before).to(head.before)
         head.write(absent, class_rows.transport_rows(head.rows[absent], transport))
         if len(head.means):  # those of this experience's images are not among them yet
             past = (head.counts > 0).nonzero().squeeze(1)
