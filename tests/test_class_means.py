@@ -229,14 +229,15 @@ def test_rows_remember_the_covariances_of_the_past(
         *(name,), whitening=shrinkage, whitening_covariance="secant", recurring_rows="per_experience", **options
     )
     train(strategy, benchmark, n=1)
-    head, (first, second) = strategy.model.head, benchmark.train_stream[:2]
-    rows, folded, n = F.normalize(head.rows, dim=-1).double(), head.folded[0].double(), len(first.dataset)
-    z, y = _features(strategy, [first])
-    current = class_rows.within_class_covariance(z, y)
+    head, (first, second, third) = strategy.model.head, benchmark.train_stream
+    current = class_rows.within_class_covariance(*_features(strategy, [first]))
     torch.testing.assert_close(head.folded[0], whitened(head.rows, current, shrinkage), **CLOSE)
-    before, _ = _features(strategy, [second])
     strategy.train(second)
-    z, y = _features(strategy, [second])
+    means = head.means if len(head.means) else head.rows[None]
+    rows, folded = F.normalize(means, dim=-1).double().flatten(0, 1), head.folded.double().flatten(0, 1)
+    before, _ = _features(strategy, [third])
+    strategy.train(third)
+    z, y = _features(strategy, [third])
     if name == "fm_lora":
         assert class_rows.transport_gain(before, z, 0.1) > 0
         moved = torch.eye(head.dim).double() + class_rows.ridge_transport(before, z, 0.1).double()
@@ -245,7 +246,8 @@ def test_rows_remember_the_covariances_of_the_past(
     current = class_rows.within_class_covariance(z, y).double()
     current = current / current.trace() * head.dim + shrinkage * torch.eye(head.dim).double()
     past = class_rows.secant_covariance(current, rows, solved)
-    sigma = past + (current - past) * len(y) / (len(y) + n)
+    share = len(y) / sum(len(e.dataset) for e in (first, second, third))
+    sigma = past + (current - past) * share
     means = head.means if len(head.means) else head.rows[None]
     expected = torch.stack(
         [class_rows.folded_rows(m, torch.linalg.solve(sigma, F.normalize(m, dim=-1).double().T).T) for m in means]
@@ -304,6 +306,11 @@ def test_kept_means_of_recurring_classes_follow_the_drift(
     torch.testing.assert_close(means[0], moved, rtol=0, atol=1e-4)
     if recurring == "per_experience":
         torch.testing.assert_close(means[1], _means(after, y), rtol=0, atol=1e-5)
+    lengths = means.norm(dim=-1)
+    assert (lengths - 1).abs().max() > 1e-3, "means of unit vectors are shorter"
+    strategy.train(domain_benchmark.train_stream[2])
+    if recurring == "per_experience":
+        torch.testing.assert_close(strategy.model.head.means[:2].norm(dim=-1), lengths, rtol=0, atol=1e-4)
 
 
 def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any, domain_benchmark: Any) -> None:
