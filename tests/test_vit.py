@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
 import torch
 from timm.layers import Attention, RmsNorm
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
 from avalanche_fmlora.modules.prompts import MetaPrompt, insert_tokens, remove_tokens
 from avalanche_fmlora.modules.vit import (
     adapt_linears,
+    Pooling,
     check_vit,
     feature_dim,
     forward_features,
@@ -63,13 +65,21 @@ def vit(request: pytest.FixtureRequest, make_vit: Callable[..., Any]) -> Any:
     return make_vit(dtype=torch.float64, **KINDS[request.param]).eval()
 
 
-def _network(vit: Any, *, prompt: int, cosine: bool, targets: tuple[str, ...] = ALL_TARGETS) -> ContinualNetwork:
+def _network(
+    vit: Any,
+    *,
+    prompt: int,
+    cosine: bool,
+    targets: tuple[str, ...] = ALL_TARGETS,
+    pooling: Pooling = "model",
+) -> ContinualNetwork:
     """Every part non-trivial: random factors and cores, 4 classes of which 1 was never seen."""
     torch.manual_seed(0)
-    head = IncrementalHead(feature_dim(vit), cosine=cosine)
+    head = IncrementalHead(feature_dim(vit, pooling), cosine=cosine)
     layers = adapt_linears(vit, targets, None, 2, 0.5)
     meta_prompt = MetaPrompt(prompt, vit.embed_dim, std=1.0) if prompt else None
     network = ContinualNetwork(vit, head, FactorizedLoRA(layers), meta_prompt).double()
+    network.pooling = pooling
     for layer in layers.values():
         for tensor in (layer.up, layer.down, layer.core):
             tensor.data.normal_(0, 0.3)
@@ -86,6 +96,22 @@ def test_features_are_the_models_own(vit: Any, images: Tensor) -> None:
     expected = vit.forward_head(vit.forward_features(images.double()), pre_logits=True)
     assert torch.equal(forward_features(vit, images.double()), expected)
     assert expected.shape == (5, feature_dim(vit))
+
+
+def test_token_and_mean_are_the_two_halves_at_equal_scale(vit: Any, images: Tensor) -> None:
+    """Twin: by kind, what timm gives for either pooling of the same tokens; other kinds keep their own pooling."""
+    x = images.double()
+    own, wide = forward_features(vit, x), forward_features(vit, x, pooling="token_and_mean")
+    assert wide.shape == (5, feature_dim(vit, "token_and_mean"))
+    if vit.attn_pool is not None or vit.global_pool == "max" or vit.cls_token is None:
+        assert torch.equal(wide, own)
+        return
+    tokens = vit.forward_features(x)
+    other = tokens[:, 0] if vit.global_pool == "avg" else vit.pool(tokens, "avg")
+    if isinstance(vit, VisionTransformerDistilled):
+        other = tokens[:, 2:].mean(1)
+    halves = [half / half.square().mean(-1, keepdim=True).sqrt() for half in (own, vit.fc_norm(other))]
+    torch.testing.assert_close(wide, torch.cat(halves, -1), rtol=1e-9, atol=1e-9)
 
 
 def test_prompt_tokens_stand_between_prefix_and_patches(vit: Any, images: Tensor) -> None:
@@ -106,8 +132,11 @@ def test_prompt_tokens_stand_between_prefix_and_patches(vit: Any, images: Tensor
 
 @pytest.mark.parametrize("prompt", [0, 3])
 @pytest.mark.parametrize("cosine", [False, True])
-def test_merged_model_is_a_plain_vit_with_the_same_logits(vit: Any, images: Tensor, prompt: int, cosine: bool) -> None:
-    network = _network(vit, prompt=prompt, cosine=cosine)
+@pytest.mark.parametrize("pooling", ["model", "token_and_mean"])
+def test_merged_model_is_a_plain_vit_with_the_same_logits(
+    vit: Any, images: Tensor, prompt: int, cosine: bool, pooling: Pooling
+) -> None:
+    network = _network(vit, prompt=prompt, cosine=cosine, pooling=pooling)
     x = images.double()
     expected = network(x)
     merged = merged_vit(network)
@@ -116,7 +145,7 @@ def test_merged_model_is_a_plain_vit_with_the_same_logits(vit: Any, images: Tens
     torch.testing.assert_close(merged(x), expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(merged(x)[:, 2], torch.full((5,), UNSEEN_LOGIT, dtype=torch.float64))
     assert torch.equal(network(x), expected), "merging a copy must leave the network alone"
-    if getattr(vit, "dynamic_img_size", False):
+    if getattr(vit, "dynamic_img_size", False) and pooling == "model":
         larger = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         torch.testing.assert_close(merged(larger), network(larger), rtol=1e-9, atol=1e-9)
 
@@ -138,11 +167,28 @@ def test_merged_model_loads_where_this_package_is_missing(
     assert done.returncode == 0, done.stderr
 
 
-def test_merged_model_can_be_adapted_again_and_keeps_its_features(make_vit: Callable[..., Any], images: Tensor) -> None:
-    network = _network(make_vit(dtype=torch.float64), prompt=2, cosine=True)
+@pytest.mark.parametrize("pooling", ["model", "token_and_mean"])
+def test_merged_model_can_be_adapted_again_and_keeps_its_features(
+    make_vit: Callable[..., Any], images: Tensor, pooling: Pooling
+) -> None:
+    network = _network(make_vit(dtype=torch.float64), prompt=2, cosine=True, pooling=pooling)
     merged = check_vit(merged_vit(network))
-    torch.testing.assert_close(forward_features(merged, images.double()), network.features(images.double()), **EXACT)
+    features = network.features(images.double())
+    assert features.shape[-1] == feature_dim(merged)
+    torch.testing.assert_close(forward_features(merged, images.double()), features, **EXACT)
+    prompt = torch.zeros(3, merged.embed_dim, dtype=torch.float64)
+    for again in get_args(Pooling):  # token and mean are there already, or can be read now
+        read = forward_features(merged, images.double(), prompt, pooling=again)
+        assert read.shape == (5, feature_dim(merged, again))
     assert len(adapt_linears(merged, ("q",), None, 2, 1.0)) == 2
+
+
+@pytest.mark.parametrize("kind", ["cls", "avg", "distilled", "registers"])
+def test_a_merged_model_that_learned_more_merges_again(make_vit: Callable[..., Any], images: Tensor, kind: str) -> None:
+    first = _network(make_vit(dtype=torch.float64, **KINDS[kind]), prompt=2, cosine=True, pooling="token_and_mean")
+    second = _network(merged_vit(first), prompt=3, cosine=True, pooling="token_and_mean")
+    assert second.head.dim == first.head.dim
+    torch.testing.assert_close(merged_vit(second)(images.double()), second(images.double()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +15,7 @@ from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.modules.vit import forward_features, freeze
+from avalanche_fmlora.modules.vit import Pooling, forward_features, freeze, pooling_complement
 
 
 class ContinualNetwork(nn.Module):
@@ -33,7 +33,10 @@ class ContinualNetwork(nn.Module):
     Attributes:
         last_features: of the latest forward pass, [B, D]: for losses on features.
         selector: the rank selector that a plugin has put here, or None.
+        pooling: what the features are, see :func:`~avalanche_fmlora.modules.vit.forward_features`; the head is as wide.
     """
+
+    pooling: Pooling = "model"
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class ContinualNetwork(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D]."""
-        return forward_features(self.vit, images, None if self.prompt is None else self.prompt.prompt)
+        prompt = None if self.prompt is None else self.prompt.prompt
+        return forward_features(self.vit, images, prompt, pooling=self.pooling)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> logits [B, C] over the classes known."""
@@ -77,8 +81,9 @@ class ContinualNetwork(nn.Module):
             raise ValueError(
                 "Expected an experience that trains only the core: bases in training are not kept: use distillation=0."
             )
+        anchor = None if self.prompt is None else self.prompt.anchor
         with self.lora.before_update():
-            return forward_features(self.vit, images, None if self.prompt is None else self.prompt.anchor)
+            return forward_features(self.vit, images, anchor, pooling=self.pooling)
 
     def extra_loss(self) -> Tensor | None:
         """A method's own term, of the latest forward pass; added to the loss while training."""
@@ -162,7 +167,8 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
     """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
 
     It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
-    network's own, also those of classes never seen. A distilled DeiT becomes a ViT with one register token.
+    network's own, also those of classes never seen. A distilled DeiT becomes a ViT with one register token. Where the
+    network reads token and mean, so does the pooling (`attn_pool`), for images of the model's own size.
 
     Args:
         network: with any of low-rank updates and prompt.
@@ -177,6 +183,9 @@ def merged_vit(network: ContinualNetwork) -> VisionTransformer:
         _distilled_to_plain(merged)
     if network.prompt is not None:
         _prompt_to_registers(merged, network.prompt.prompt)
+    missing = pooling_complement(vit)
+    if network.pooling == "token_and_mean" and missing is not None:
+        _pool_token_and_mean(merged, missing)
     merged.head = _plain_head(network.head)
     merged.num_classes = network.head.n_classes
     return merged.requires_grad_(True)
@@ -192,6 +201,31 @@ def _distilled_to_plain(vit: Any) -> None:
     vit.pool_include_prefix = True
 
 
+def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
+    """Pooling made of torch's own layers: the tokens are a convolution's channels, which fixes how many there are."""
+    prefix, tokens = vit.num_prefix_tokens, vit.num_prefix_tokens + vit.patch_embed.num_patches
+    token, mean, own = torch.zeros(3, tokens)
+    token[0] = 1
+    mean[prefix:] = 1 / (tokens - prefix)
+    if missing == "token":
+        start = 0 if vit.pool_include_prefix else prefix
+        own[start:] = 1 / (tokens - start)
+    else:
+        own[: 1 if vit.attn_pool is None else 2] = 1 if vit.attn_pool is None else 1 / 2  # two: a distilled model's
+    halves = torch.stack([own, token if missing == "token" else mean]).to(vit.patch_embed.proj.weight)
+    norm = nn.RMSNorm(vit.num_features, elementwise_affine=False)
+    vit.attn_pool = nn.Sequential(_token_sums(halves), vit.fc_norm, norm, nn.Flatten(1))
+    vit.fc_norm, vit.pool_include_prefix = nn.Identity(), True
+    vit.num_features = vit.head_hidden_size = 2 * vit.num_features
+
+
+def _token_sums(weights: Tensor) -> nn.Conv1d:
+    """Weights [K, N] -> the map from N tokens [B, N, D] to K weighted sums of them."""
+    sums = nn.Conv1d(weights.shape[1], weights.shape[0], 1, bias=False)
+    sums.weight = nn.Parameter(weights[..., None])
+    return sums
+
+
 def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
     prefix = vit.num_prefix_tokens
     if vit.pos_embed is not None and not vit.no_embed_class:
@@ -205,6 +239,10 @@ def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
     vit.no_embed_class = True
     registers = [prompt[None]] if vit.reg_token is None else [vit.reg_token, prompt[None]]
     vit.reg_token = nn.Parameter(torch.cat(registers, 1))
+    if isinstance(vit.attn_pool, nn.Sequential) and isinstance(vit.attn_pool[0], nn.Conv1d):  # merged before
+        weights = vit.attn_pool[0].weight[..., 0]
+        unread = weights.new_zeros(len(weights), len(prompt))
+        vit.attn_pool[0] = _token_sums(torch.cat([weights[:, :prefix], unread, weights[:, prefix:]], 1))
     vit.num_reg_tokens += len(prompt)
     vit.num_prefix_tokens += len(prompt)
 

@@ -152,7 +152,7 @@ class PromptedNetwork(ContinualNetwork):
 
     def prompted_features(self, images: Tensor, prompts: Any) -> Tensor:
         """The second pass, [B, D], with what the pool gave."""
-        return forward_features(self.vit, images, prefixes=prompts)
+        return forward_features(self.vit, images, prefixes=prompts, pooling=self.pooling)
 
     def extra_loss(self) -> Tensor | None:
         """The pool's own term."""

@@ -19,6 +19,7 @@ from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
 from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+Pooling = Literal["model", "token_and_mean"]
 Prefixes = Mapping[int, tuple[Tensor, Tensor]]
 
 _PATHS = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
@@ -82,19 +83,64 @@ def forward_tokens(
 
 
 def forward_features(
-    vit: VisionTransformer, images: Tensor, prompt: Tensor | None = None, prefixes: Prefixes | None = None
+    vit: VisionTransformer,
+    images: Tensor,
+    prompt: Tensor | None = None,
+    prefixes: Prefixes | None = None,
+    pooling: Pooling = "model",
 ) -> Tensor:
-    """Pooled features [B, D], as the model's own head would get them; arguments as in :func:`forward_tokens`."""
+    """Features of images, as the model's own head would get them or with the half that its pooling leaves out.
+
+    Args:
+        vit, images, prompt, prefixes: as in :func:`forward_tokens`.
+        pooling: `model`: pooled features [B, D]; `token_and_mean`: see :func:`with_complement`, [B, 2D].
+    """
     tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
-    if prompt_tokens is not None and vit.pool_include_prefix:
-        tokens = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
-    features: Tensor = vit.forward_head(tokens, pre_logits=True)
-    return features
+    pooled = tokens
+    counted = isinstance(vit.attn_pool, nn.Sequential)  # a merged model's, for which each token has its place
+    if prompt_tokens is not None and vit.pool_include_prefix and not counted:
+        pooled = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
+    features: Tensor = vit.forward_head(pooled, pre_logits=True)
+    return features if pooling == "model" else with_complement(vit, features, tokens)
 
 
-def feature_dim(vit: VisionTransformer) -> int:
-    """Width of the pooled features."""
-    return int(vit.num_features) * (2 if vit.global_pool == "avgmax_cat" else 1)
+def pooling_complement(vit: VisionTransformer) -> Literal["mean", "token"] | None:
+    """What a model's pooling leaves out: the mean of the patch tokens, the class token, or neither.
+
+    Neither, so that the pooled features stand alone, without class token and where the pooling is no plain mean
+    (attention, maximum).
+    """
+    if vit.attn_pool is not None:
+        return None
+    if vit.global_pool == "token":
+        return "mean"
+    return "token" if vit.global_pool == "avg" and vit.cls_token is not None else None
+
+
+def with_complement(vit: VisionTransformer, features: Tensor, tokens: Tensor) -> Tensor:
+    """Class token and mean of the patch tokens side by side, each at a root mean square of 1: [B, 2D].
+
+    As in the linear evaluation of DINOv2 (arXiv 2304.07193), but for the scale, which lets both halves weigh the same in
+    a cosine.
+
+    Args:
+        vit: says what is missing, see :func:`pooling_complement`; where nothing is, the features come back as they are.
+        features: pooled, shape [B, D].
+        tokens: after the final norm, without a prompt's, shape [B, N, D].
+    """
+    missing = pooling_complement(vit)
+    if missing is None:
+        return features
+    other = tokens[:, 0] if missing == "token" else tokens[:, vit.num_prefix_tokens :].mean(1)
+    halves = features, vit.fc_norm(other)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return torch.cat([F.rms_norm(half.to(wide), half.shape[-1:]) for half in halves], -1)
+
+
+def feature_dim(vit: VisionTransformer, pooling: Pooling = "model") -> int:
+    """Width of the features."""
+    doubled = vit.global_pool == "avgmax_cat" or (pooling == "token_and_mean" and pooling_complement(vit) is not None)
+    return int(vit.num_features) * (2 if doubled else 1)
 
 
 @contextmanager

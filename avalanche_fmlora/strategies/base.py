@@ -88,6 +88,7 @@ class ContinualStrategy(DataLoading):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)
+        network.pooling = self.config.pooling
         self._passes_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         super().__init__(
             model=network,
@@ -146,7 +147,8 @@ class ContinualStrategy(DataLoading):
         """The configured classifier."""
         config = self.config
         cosine = config.classifier != "linear"
-        return IncrementalHead(feature_dim(vit), cosine=cosine, scale=config.logit_scale, seed=config.seed)
+        dim = feature_dim(vit, config.pooling)
+        return IncrementalHead(dim, cosine=cosine, scale=config.logit_scale, seed=config.seed)
 
     def _frame_plugins(self) -> list[BasePlugin]:
         plugins: list[BasePlugin] = []

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from avalanche_fmlora.modules.vit import Pooling
+
 Precision = Literal["fp32", "bf16", "fp16"]
 Classifier = Literal["linear", "cosine", "class_mean"]
 RecurringRows = Literal["trained", "mean", "per_experience"]
@@ -36,6 +38,9 @@ class MethodConfig(StrictModel):
 
     classifier: Structural[Classifier] = "linear"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    pooling: Structural[Pooling] = "model"
+    """What the classifier reads: the features that the model's own head would get, or class token and mean of the patch
+    tokens side by side (`token_and_mean`; twice as wide; of models that have and pool neither: `model`)."""
     logit_scale: Structural[float] = Field(16.0, gt=0)
     """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
     row_transport: bool = False
@@ -80,7 +85,7 @@ def structural_options(config: type[BaseModel]) -> set[str]:
     """Names of the options that are :data:`Structural` in a configuration class or in one that it extends.
 
     >>> sorted(structural_options(MethodConfig))
-    ['classifier', 'logit_scale']
+    ['classifier', 'logit_scale', 'pooling']
     """
     classes = [c for c in config.__mro__ if issubclass(c, BaseModel)]
     fields = [(name, field) for c in classes for name, field in c.model_fields.items()]

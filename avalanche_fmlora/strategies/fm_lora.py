@@ -17,7 +17,7 @@ from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.modules.vit import Target, adapt_linears
+from avalanche_fmlora.modules.vit import Pooling, Target, adapt_linears
 from avalanche_fmlora.plugins.factorized_lora import CoreRegularizationPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
@@ -92,6 +92,9 @@ class FMLoRAConfig(MethodConfig):
     """How the meta-prompt moves. A plugin is taken too."""
     classifier: Classifier = "class_mean"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    pooling: Structural[Pooling] = "token_and_mean"
+    """What the classifier reads: the features that the model's own head would get, or class token and mean of the patch
+    tokens side by side (`token_and_mean`; twice as wide; of models that have and pool neither: `model`)."""
     row_transport: bool = True
     """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
     current experience's features."""

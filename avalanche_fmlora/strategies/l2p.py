@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, cosines, uniform
-from avalanche_fmlora.modules.vit import forward_tokens
+from avalanche_fmlora.modules.vit import forward_tokens, with_complement
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -141,9 +141,10 @@ class L2PNetwork(PromptedNetwork):
         has_position = vit.cls_token is not None and vit.pos_embed is not None and not vit.no_embed_class
         if self.position == "cls" and has_position:
             prompts = prompts + vit.pos_embed[:, :1]
-        _, outputs = forward_tokens(vit, images, prompts)
+        tokens, outputs = forward_tokens(vit, images, prompts)
         assert outputs is not None
-        return vit.fc_norm(outputs.mean(1))
+        features = vit.fc_norm(outputs.mean(1))
+        return features if self.pooling == "model" else with_complement(vit, features, tokens)
 
 
 @register
