@@ -58,9 +58,8 @@ def test_a_field_that_does_not_exist_would_be_found(path: Path) -> None:
 
 @pytest.mark.parametrize("benchmark", RUN_HERE)
 def test_unified_is_all_methods_with_one_training(benchmark: str) -> None:
-    check_unified(
-        expand(read_all([CONFIGS / f"{benchmark}.yaml", CONFIGS / "unified.yaml"])), 5, labels={"ncm, whitened rows"}
-    )
+    configs = expand(read_all([CONFIGS / f"{benchmark}.yaml", CONFIGS / "unified.yaml"]))
+    check_unified(configs, 5, labels={"ncm, whitened rows", "ncm, FM-LoRA's head"})
 
 
 @pytest.mark.parametrize("benchmark", ON_A_GPU)

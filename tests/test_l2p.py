@@ -143,6 +143,17 @@ def test_a_model_that_normalises_after_pooling_does_so_here(make_vit: Any, photo
     torch.testing.assert_close(strategy.model.features(photos), expected)
 
 
+def test_the_mean_of_the_patches_stands_beside_that_of_the_prompts(make_vit: Any, photos: Tensor) -> None:
+    strategy = build(make_vit, pooling="token_and_mean")
+    twin = Reference(strategy.model.vit, strategy.model.pool.prompts.detach(), strategy.model.pool.keys.detach())
+    for image, feature in zip(photos, strategy.model.eval().features(photos), strict=True):
+        picked = twin.picked(twin.query(image))
+        tokens = [token for m in picked for token in twin.prompts[m]]
+        patches = twin.tokens(image, tokens)[1 + len(tokens) :].mean(0)
+        for half, expected in zip(feature.chunk(2), (twin.feature(image, picked), patches), strict=True):
+            torch.testing.assert_close(half, expected / expected.square().mean().sqrt(), rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("vit", [{"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}])
 def test_without_a_class_position_nothing_is_added(make_vit: Any, photos: Tensor, vit: dict[str, Any]) -> None:
     with_position, without = (build(make_vit, vit, prompt_position=p) for p in ("cls", "none"))

@@ -22,8 +22,8 @@ from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
 from avalanche_fmlora.modules.prompts import MetaPrompt, insert_tokens, remove_tokens
 from avalanche_fmlora.modules.vit import (
-    adapt_linears,
     Pooling,
+    adapt_linears,
     check_vit,
     feature_dim,
     forward_features,

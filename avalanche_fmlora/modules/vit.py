@@ -92,7 +92,10 @@ def forward_features(
     """Features of images, as the model's own head would get them or with the half that its pooling leaves out.
 
     Args:
-        vit, images, prompt, prefixes: as in :func:`forward_tokens`.
+        vit: the model; frozen or not.
+        images: shape [B, 3, H, W].
+        prompt: as in :func:`forward_tokens`.
+        prefixes: as there.
         pooling: `model`: pooled features [B, D]; `token_and_mean`: see :func:`with_complement`, [B, 2D].
     """
     tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
@@ -120,8 +123,8 @@ def pooling_complement(vit: VisionTransformer) -> Literal["mean", "token"] | Non
 def with_complement(vit: VisionTransformer, features: Tensor, tokens: Tensor) -> Tensor:
     """Class token and mean of the patch tokens side by side, each at a root mean square of 1: [B, 2D].
 
-    As in the linear evaluation of DINOv2 (arXiv 2304.07193), but for the scale, which lets both halves weigh the same in
-    a cosine.
+    As in the linear evaluation of DINOv2 (arXiv 2304.07193), but for the scale, which lets both halves weigh the same
+    in a cosine.
 
     Args:
         vit: says what is missing, see :func:`pooling_complement`; where nothing is, the features come back as they are.
