@@ -42,7 +42,13 @@ SHOWN = {
     "whitened, running, λ=0.1": "covariance kept, λ = 0.1",
     "whitened, running, λ=1": "covariance kept, λ = 1",
 }
-OPTIONS = {"classifier": "class_mean", "whitening": 0.3, "whitening_covariance": "secant"}
+OPTIONS = {
+    "classifier": "class_mean",
+    "pooling": "token_and_mean",
+    "whitening": 0.3,
+    "whitening_covariance": "secant",
+}
+FEATURES = {"model": "class token", "token_and_mean": "token and mean"}
 FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS)
 
 
@@ -123,13 +129,14 @@ def table(path: Path) -> str:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     runs = dict.fromkeys(tuple(row[k] for k in FIELDS[:4]) for row in rows)
-    lines = ["| benchmark | method | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
+    lines = ["| benchmark | method | features | " + " | ".join(SHOWN.values()) + " |", "|---" * (3 + len(SHOWN)) + "|"]
     for run_ in runs:
         of_run = {row["rule"]: row for row in rows if tuple(row[k] for k in FIELDS[:4]) == run_}
         cells = [
             f"{100 * float(of_run[r][METRICS[0]]):.1f} / {100 * float(of_run[r]['forgetting']):.1f}" for r in SHOWN
         ]
-        lines.append(f"| {run_[0]} | {run_[2]} | " + " | ".join(cells) + " |")
+        features = FEATURES[json.loads(run_[3])["pooling"]]
+        lines.append(f"| {run_[0]} | {run_[2]} | {features} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
