@@ -11,6 +11,7 @@ from pathlib import Path
 from avalanche_fmlora.backbones import release_backbones
 from avalanche_fmlora.config import RunConfig, located
 from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
+from avalanche_fmlora.executors.local import InProcess, Processes, check_device
 from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, run_id, write_record
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,16 @@ def sweep(
 
     Raises:
         FileNotFoundError: if the data or weights of a run are not there.
-        ValueError: if the executor can't do what is asked of it, or a record in the folder is torn or edited.
+        ValueError: if the executor can't do what is asked of it, this machine shall run them and lacks the device, or
+            a record in the folder is torn or edited.
     """
     folder = folder.absolute()
     if executor is None:
         executor = "processes" if jobs > 1 else "local"
     if isinstance(executor, str):
         executor = make_executor(executor, Resources(jobs=jobs, threads=threads), folder)
+    if isinstance(executor, InProcess | Processes):
+        check_device(device)
     unique = {run_id(c.identity()): c for c in configs}
     done = {key: r for key, c in unique.items() if (r := find_record(folder, c.identity(), failed=not retry_failed))}
     todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}

@@ -163,6 +163,12 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
         (["run", "--benchmark", "image_folder"], "benchmark.path"),
         (["run", "--path", "x.zip"], "takes no `path`"),
         (["compare", "--benchmark", "image_folder", "--path", "nowhere.zip"], "There is no nowhere.zip"),
+        (["run", "--device", "cuda:99"], "finds no cuda:99: it has cpu"),
+        (["compare", "--device", "cuda:99"], "install a torch with CUDA"),
+        (
+            ["compare", "--device", "gpu", "--jobs", "2"],
+            "Expected `device` to be cpu, cuda or cuda:1, say, but got 'gpu'",
+        ),
     ],
 )
 def test_mistakes_are_one_message(
@@ -173,6 +179,7 @@ def test_mistakes_are_one_message(
     assert done.exit_code == 1
     assert message in done.stderr
     assert isinstance(done.exception, SystemExit)
+    assert not list(tmp_path.rglob("*.json")), "nothing was started, so nothing failed"
 
 
 def test_list_names_methods_and_their_options() -> None:

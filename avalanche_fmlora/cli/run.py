@@ -34,6 +34,7 @@ def run(
     with user_errors(), messages(logging.INFO):
         from avalanche_fmlora.config import located, make_run, read_all, set_option
         from avalanche_fmlora.executors import available_cores
+        from avalanche_fmlora.executors.local import check_device
         from avalanche_fmlora.results.record import find_record
         from avalanche_fmlora.sweep import run_and_write
 
@@ -43,6 +44,7 @@ def run(
         for name, value in read_flags(words):
             set_option(options, SHORT.get(name, name), value)
         config = make_run(options)
+        check_device(device)
         record = find_record(out / "records", config.identity(), failed=True)
         if record is not None and record["status"] == "finished":
             click.echo("This run is finished already; its record:", err=True)

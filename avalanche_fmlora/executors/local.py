@@ -11,10 +11,30 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from queue import SimpleQueue
 
+import torch
+
 from avalanche_fmlora.executors.base import Finish, RunLost, Task, available_cores, in_worker
 from avalanche_fmlora.results.record import Record
 
 _ATTEMPTS = 2
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine lacks, before a run starts.
+
+    Raises:
+        ValueError: that says what there is.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"Expected `device` to be cpu, cuda or cuda:1, say, but got {device!r}.") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(
+            f"Expected a device of this machine but torch {torch.__version__} finds no {device}: it has "
+            f"{', '.join(['cpu', *there])}. For a GPU, install a torch with CUDA (pytorch.org/get-started) and a driver."
+        )
 
 
 class InProcess:
