@@ -33,7 +33,7 @@ def check_device(device: str) -> None:
         there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise ValueError(
             f"Expected a device of this machine but torch {torch.__version__} finds no {device}: it has "
-            f"{', '.join(['cpu', *there])}. For a GPU, install a torch with CUDA (pytorch.org/get-started) and a driver."
+            f"{', '.join(['cpu', *there])}. A GPU needs a torch with CUDA (pytorch.org/get-started) and a driver."
         )
 
 
