@@ -27,6 +27,22 @@ def _logits(strategy: Any, images: Tensor) -> Tensor:
     return strategy.model(images)
 
 
+def test_a_file_from_before_pooling_was_an_option_names_it(
+    make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    """Such a file says nothing of it; the width of its rows does."""
+    saved = train(make_strategy("fm_lora", pooling="model"), class_benchmark, n=1)
+    path = saved.save(tmp_path / "adapter.safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    config = json.loads(metadata["config"])
+    del config["pooling"]
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {**metadata, "config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"width 32 but the saved one has 16.*the `pooling`"):
+        make_strategy("fm_lora").load(path)
+    make_strategy("fm_lora", pooling="model").load(path)
+
+
 def test_a_fresh_strategy_takes_the_saved_state(
     trained: Any, make_strategy: Any, images: Tensor, tmp_path: Path
 ) -> None:

@@ -123,8 +123,14 @@ class ContinualNetwork(nn.Module):
         """Load what :meth:`adapter_state` gave, into a network of the same configuration.
 
         Raises:
-            ValueError: if the names differ.
+            ValueError: if the names or the width of the head differ.
         """
+        width = state["head.rows"].shape[-1] if "head.rows" in state else self.head.dim
+        if width != self.head.dim:
+            raise ValueError(
+                f"Expected a head of width {self.head.dim} but the saved one has {width}: "
+                "build the strategy with the `pooling` and the backbone that it was saved with."
+            )
         own = {k for k in self.adapter_state() if ".active_" not in k}
         given = {k for k in state if ".active_" not in k}
         if own != given:
