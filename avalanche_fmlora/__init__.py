@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "FMLoRAStrategy": "strategies.fm_lora",
+    "FM_LORA_CLASSIFIER": "strategies.fm_lora",
     "SeqLoRAStrategy": "strategies.seq_lora",
     "LinearProbeStrategy": "strategies.linear_probe",
     "NCMStrategy": "strategies.ncm",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin as RankSelectionPlugin
     from avalanche_fmlora.strategies.coda_prompt import CODAPromptStrategy as CODAPromptStrategy
     from avalanche_fmlora.strategies.dual_prompt import DualPromptStrategy as DualPromptStrategy
+    from avalanche_fmlora.strategies.fm_lora import FM_LORA_CLASSIFIER as FM_LORA_CLASSIFIER
     from avalanche_fmlora.strategies.fm_lora import FMLoRAStrategy as FMLoRAStrategy
     from avalanche_fmlora.strategies.inflora import InfLoRAStrategy as InfLoRAStrategy
     from avalanche_fmlora.strategies.joint import JointStrategy as JointStrategy

@@ -88,6 +88,11 @@ def test_the_table_of_prediction_rules_is_current(monkeypatch: pytest.MonkeyPatc
     assert script.table(ROOT / "benchmarks" / "results" / "prediction_rules.csv") in TEXT
 
 
+def test_the_table_of_machine_time_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert importlib.import_module("machine_time").table() in TEXT
+
+
 def test_the_packaged_weights_are_those_of_the_log() -> None:
     assets = ROOT / "avalanche_fmlora" / "assets"
     facts = json.loads((assets / "glyph_vit.json").read_text())

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from avalanche_fmlora.strategies.config import structural_options
-from avalanche_fmlora.strategies.fm_lora import FMLoRAConfig
+from avalanche_fmlora.strategies.config import MethodConfig, structural_options
+from avalanche_fmlora.strategies.fm_lora import FM_LORA_CLASSIFIER, FMLoRAConfig
 from avalanche_fmlora.strategies.registry import method, methods
 
 METHODS = methods()
@@ -164,6 +164,17 @@ def _same(first: Any, second: Any) -> bool:
     if facts != other_facts or tensors.keys() != other_tensors.keys():
         return False
     return all(torch.equal(v, other_tensors[k]) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_fm_loras_classifier(name: str, make_strategy: Any) -> None:
+    """Named in full: what FM-LoRA sets other than the frame, rates and the method's own parts aside."""
+    config, frame = FMLoRAConfig(), MethodConfig()
+    other = {k for k in MethodConfig.model_fields if getattr(config, k) != getattr(frame, k)}
+    assert other == {*FM_LORA_CLASSIFIER}
+    given = make_strategy(name, **FM_LORA_CLASSIFIER)
+    assert {k: getattr(given.config, k) for k in FM_LORA_CLASSIFIER} == {k: getattr(config, k) for k in other}
+    assert given.model.head.dim == make_strategy("fm_lora").model.head.dim
 
 
 @pytest.mark.parametrize(("name", "path", "field"), CASES)

@@ -120,6 +120,13 @@ class FMLoRAConfig(MethodConfig):
     """Learning rate of the meta-prompt in the first experience."""
 
 
+FM_LORA_CLASSIFIER: dict[str, Any] = {
+    name: FMLoRAConfig.model_fields[name].default
+    for name in ("classifier", "pooling", "row_transport", "whitening", "whitening_covariance", "recurring_rows")
+}
+"""FM-LoRA's classifier as options, which every method takes: ``NCMStrategy(model=vit, **FM_LORA_CLASSIFIER)``."""
+
+
 @register
 class FMLoRAStrategy(ContinualStrategy):
     """FM-LoRA for a timm ViT in any Avalanche pipeline; arguments of the frame in :class:`ContinualStrategy`.
