@@ -103,6 +103,8 @@ def test_compare_writes_tables_and_goes_on_after_a_kill(photos: Path, tmp_path: 
         f"{n}.csv": (tmp_path / "runs" / f"{n}.csv").read_text()
         for n in ("runs", "matrix", "ranks", "summary", "paired")
     }
+    paired = [fmlora("table", *words, cwd=tmp_path).stdout for words in (["runs", "--paired"], ["--paired", "runs"])]
+    assert paired[0] == paired[1] != ""
     assert {r["benchmark"] for r in runs} == {photos.name}, "a folder of one's own is called by its name"
     assert table.stdout.count("±") >= 3
     assert table.stdout.strip() in done.stdout

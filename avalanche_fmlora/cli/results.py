@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--format", "style", type=click.Choice(["markdown", "csv", "latex"]), default="markdown", show_default=True
 )
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     metavar="[REFERENCE]",
     help="Print paired differences from a method (or label) instead [default: fm_lora, else the best].",
 )
-def table(folder: Path, style: Any, csv_to: Path | None, reference: str | None) -> None:
+def table(folder: Path | None, style: Any, csv_to: Path | None, reference: str | None) -> None:
     """Print the table of the records in FOLDER (default: runs): mean ± standard deviation (n).
 
     In bold: better than every other method, each paired 95 % interval excluding zero. What keeps records from being
@@ -41,7 +41,11 @@ def table(folder: Path, style: Any, csv_to: Path | None, reference: str | None) 
         from avalanche_fmlora.results.remarks import remarks
         from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
 
-        records = read_folder(folder)
+        if (
+            folder is None and reference and Path(reference).is_dir()
+        ):  # `--paired FOLDER`
+            folder, reference = Path(reference), ""
+        records = read_folder(folder or Path("runs"))
         if csv_to is not None:
             write_csvs(records, csv_to)
         if reference is None:
