@@ -149,6 +149,17 @@ def test_domain_glyphs_shapes_counts_and_labels() -> None:
     assert tuple(benchmark.train_stream[0].dataset[0][0].shape) == (3, 40, 40)
 
 
+def test_uneven_glyphs_of_all_orders_are_the_same_data() -> None:
+    """Tables average over class orders of one split hash; other counts, seeds and experiences are other data."""
+    counts = {"train_per_class": 2, "test_per_class": 1}
+    hashes = {uneven_glyphs(class_order_seed=order, **counts).info.split_hash for order in (None, 0, 1)}
+    other = [{**counts, "test_per_class": 2}, {**counts, "seed": 1}, {**counts, "n_experiences": 5}]
+    assert len(hashes) == 1
+    assert len(hashes | {uneven_glyphs(**options).info.split_hash for options in other}) == 4
+    with pytest.raises(ValueError, match="to divide the 100 classes"):
+        uneven_glyphs(n_experiences=0)
+
+
 def test_uneven_glyphs_are_as_hard_as_their_level_says() -> None:
     """Frozen class means read the easy half far better than the hard half; levels follow the class order."""
     benchmark = uneven_glyphs(n_experiences=10, class_order_seed=3, train_per_class=9, test_per_class=6)

@@ -41,9 +41,7 @@ def table(folder: Path | None, style: Any, csv_to: Path | None, reference: str |
         from avalanche_fmlora.results.remarks import remarks
         from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
 
-        if (
-            folder is None and reference and Path(reference).is_dir()
-        ):  # `--paired FOLDER`
+        if folder is None and reference and Path(reference).is_dir():  # `--paired FOLDER`
             folder, reference = Path(reference), ""
         records = read_folder(folder or Path("runs"))
         if csv_to is not None:

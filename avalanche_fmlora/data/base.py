@@ -195,7 +195,7 @@ def class_incremental(
         class_order=order,
         class_order_seed=class_order_seed,
         image_size=chosen.image_size,
-        split_hash=_hash(train.digest(), test.digest()),
+        split_hash=split_hash(train.digest(), test.digest()),
         mean=chosen.mean,
         std=chosen.std,
         n_train=tuple(len(e.dataset) for e in benchmark.train_stream),
@@ -257,7 +257,7 @@ def domain_incremental(
         class_order=tuple(range(len(class_names))),
         class_order_seed=class_order_seed,
         image_size=chosen.image_size,
-        split_hash=_hash(*(d for domain in domains for d in (domain.train.digest(), domain.test.digest()))),
+        split_hash=split_hash(*(d for domain in domains for d in (domain.train.digest(), domain.test.digest()))),
         mean=chosen.mean,
         std=chosen.std,
         n_train=tuple(len(d.train.labels) for d in ordered),
@@ -293,5 +293,6 @@ def _require_all_classes(name: str, split: str, labels: np.ndarray, class_names:
         )
 
 
-def _hash(*digests: str) -> str:
+def split_hash(*digests: str) -> str:
+    """One sha256 of several."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()

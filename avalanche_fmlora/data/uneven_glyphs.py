@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from avalanche_fmlora.data.base import ImageSet, class_incremental, order_of
+from avalanche_fmlora.data.base import ImageSet, class_incremental, order_of, split_hash
 from avalanche_fmlora.data.glyph_render import GLYPH_MEAN, GLYPH_STD, IMAGE_SIZE
 from avalanche_fmlora.data.glyph_styles import broken_outline
 from avalanche_fmlora.data.glyphs import (
@@ -55,19 +56,17 @@ def uneven_glyphs(
 
     Returns:
         An Avalanche benchmark with ``info``, see :func:`~avalanche_fmlora.data.base.class_incremental`;
-        ``info.extra["levels"]`` has the level of each experience.
+        ``info.extra["levels"]`` has the level of each experience. ``info.split_hash`` is the same for all class orders.
 
     Raises:
         ValueError: if a count is below 1, `image_size` below 8 or the classes can't be divided.
     """
     require_counts(image_size, train_per_class, test_per_class)
     levels = levels_of(n_experiences, class_order_seed)
-    of_class = np.empty(len(SPLIT_CHARACTERS))
-    if len(of_class) % n_experiences == 0:  # else class_incremental says what is wrong
-        of_class[list(order_of(len(of_class), class_order_seed))] = np.repeat(levels, len(of_class) // n_experiences)
     counts = (train_per_class, test_per_class)
-    train, test = (_images(tuple(of_class.tolist()), s, counts[s], seed, image_size) for s in range(2))
-    return class_incremental(
+    of_class = _levels_of_classes(n_experiences, class_order_seed)
+    train, test = (_images(of_class, s, counts[s], seed, image_size) for s in range(2))
+    benchmark = class_incremental(
         "uneven_glyphs",
         train,
         test,
@@ -78,6 +77,20 @@ def uneven_glyphs(
         std=std,
         extra=rendering_facts(seed, levels=[round(level, 4) for level in levels]),
     )
+    # A class has other images at another place in the order; the same data in all orders are these drawings.
+    unordered = _levels_of_classes(n_experiences, None)
+    drawings = [_images(unordered, s, 1, seed, image_size).digest() for s in range(2)]
+    benchmark.info = replace(benchmark.info, split_hash=split_hash(*drawings, str(counts)))
+    return benchmark
+
+
+def _levels_of_classes(n_experiences: int, class_order_seed: int | None) -> tuple[float, ...]:
+    """The level of each character, in the order of the characters."""
+    of_class = np.zeros(len(SPLIT_CHARACTERS))
+    if n_experiences > 0 and len(of_class) % n_experiences == 0:  # else class_incremental says what is wrong
+        levels = levels_of(n_experiences, class_order_seed)
+        of_class[list(order_of(len(of_class), class_order_seed))] = np.repeat(levels, len(of_class) // n_experiences)
+    return tuple(of_class.tolist())
 
 
 def levels_of(n_experiences: int, class_order_seed: int | None) -> tuple[float, ...]:
