@@ -17,6 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from avalanche_fmlora.data.glyph_vit import glyph_vit
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
@@ -181,6 +182,14 @@ def test_merged_model_can_be_adapted_again_and_keeps_its_features(
         read = forward_features(merged, images.double(), prompt, pooling=again)
         assert read.shape == (5, feature_dim(merged, again))
     assert len(adapt_linears(merged, ("q",), None, 2, 1.0)) == 2
+
+
+@pytest.mark.parametrize("prompt", [0, 2])
+def test_the_packaged_backbone_merges_with_token_and_mean(prompt: int) -> None:
+    """Its patch embedding is a stack of convolutions, without the one projection of a plain ViT."""
+    network = _network(glyph_vit().eval().double(), prompt=prompt, cosine=True, pooling="token_and_mean")
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(merged_vit(network)(x), network(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["cls", "avg", "distilled", "registers"])

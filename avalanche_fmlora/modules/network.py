@@ -218,7 +218,7 @@ def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
         own[start:] = 1 / (tokens - start)
     else:
         own[: 1 if vit.attn_pool is None else 2] = 1 if vit.attn_pool is None else 1 / 2  # two: a distilled model's
-    halves = torch.stack([own, token if missing == "token" else mean]).to(vit.patch_embed.proj.weight)
+    halves = torch.stack([own, token if missing == "token" else mean]).to(next(vit.parameters()))
     norm = nn.RMSNorm(vit.num_features, elementwise_affine=False)
     vit.attn_pool = nn.Sequential(_token_sums(halves), vit.fc_norm, norm, nn.Flatten(1))
     vit.fc_norm, vit.pool_include_prefix = nn.Identity(), True
