@@ -112,6 +112,15 @@ def test_protocols_are_never_averaged_together(change: dict[str, Any], text: lis
     assert [row["note"] for row in rows] == [None, None], "class orders are compared within a protocol only"
 
 
+def test_a_run_from_before_an_option_existed_had_its_earlier_value() -> None:
+    """Such records are averaged with those that say so, and with no others."""
+    records = [make(0.5, order=0), make(0.7, order=1, options={"pooling": "model"})]
+    (row,) = summary_rows(records)
+    assert (row["n"], row["label"]) == (2, None)
+    rows = summary_rows([*records, make(0.9, order=0, options={"pooling": "token_and_mean"})])
+    assert [(r["n"], r["label"]) for r in rows] == [(2, "pooling=model"), (1, "pooling=token_and_mean")]
+
+
 def test_other_benchmarks_are_no_other_protocol() -> None:
     rows = summary_rows([make(), make(benchmark={"name": "birds"})])
     assert [(row["benchmark"], row["protocol"]) for row in rows] == [("birds", None), ("glyphs", None)]

@@ -68,6 +68,10 @@ def benchmark_name(record: Record) -> str:
     return f"{name} (subset)" if benchmark.get("subset") else name
 
 
+BEFORE: Row = {"pooling": "model", "recurring_rows": "trained", "whitening": None, "whitening_covariance": "current"}
+"""Options that records of earlier versions do not name, with what all their runs had."""
+
+
 def runs_of(records: Iterable[Record]) -> list[Run]:
     """Records in their stable order, each with its protocol and label.
 
@@ -150,7 +154,7 @@ def _family(record: Record) -> tuple[str, str, str | None]:
 
 def _options(record: Record, facts: Row) -> Row:
     """Method options, flat, and the training configuration where the protocol leaves it free."""
-    own = flat(record["config"]["method_options"])
+    own = {**BEFORE, **flat(record["config"]["method_options"])}
     settings = _settings(record)
     return own | {key: value for key, value in settings.items() if _is_training(key) and facts.get(key) != value}
 
