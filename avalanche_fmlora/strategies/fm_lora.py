@@ -75,8 +75,8 @@ class FMLoRAConfig(MethodConfig):
     bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
     """Where the shared bases come from."""
     core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = 0.5
-    """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t; the first,
-    which makes the bases, is kept whole."""
+    """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t, which suits long
+    sequences; the first, which makes the bases, is kept whole."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
     teacher: Literal["known", "every_step"] = "known"
