@@ -17,6 +17,7 @@ from avalanche.core import SupervisedPlugin
 
 from avalanche_fmlora.config import RunConfig
 from avalanche_fmlora.data.base import ImageSet, class_incremental
+from avalanche_fmlora.executors.local import check_device
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
 from avalanche_fmlora.results.record import find_record, run_id
 from avalanche_fmlora.resuming import checkpoint_folder
@@ -86,7 +87,11 @@ def plan(
         device: where to compute.
         threads: CPU threads a run.
         data_root: folder of relative data paths.
+
+    Raises:
+        ValueError: if this machine lacks the device.
     """
+    check_device(device)
     torch.set_num_threads(threads)
     known: dict[str, Any] = {}
     planned = []

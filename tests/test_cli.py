@@ -167,6 +167,7 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
         (["compare", "--benchmark", "image_folder", "--path", "nowhere.zip"], "There is no nowhere.zip"),
         (["run", "--device", "cuda:99"], "finds no cuda:99: it has cpu"),
         (["compare", "--device", "cuda:99"], "A GPU needs a torch with CUDA"),
+        (["compare", "--device", "cuda:99", "--dry-run"], "finds no cuda:99"),
         (
             ["compare", "--device", "gpu", "--jobs", "2"],
             "Expected `device` to be cpu, cuda or cuda:1, say, but got 'gpu'",
