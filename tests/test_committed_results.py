@@ -6,13 +6,14 @@ import importlib
 import json
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from avalanche_fmlora.config import read_all
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.results.record import read_records
-from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
+from avalanche_fmlora.results.table import write_csvs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(p.parent for p in (ROOT / "benchmarks" / "results").glob("*/records"))
@@ -28,10 +29,6 @@ def test_there_are_results() -> None:
 def test_the_table_and_the_csvs_are_current(folder: Path, tmp_path: Path) -> None:
     records = read_records(folder / "records")
     assert {r["status"] for r in records} == {"finished"}
-    assert render(summary_rows(records)).strip() in TEXT
-    paired = paired_rows(records)
-    if any(row["low"] is not None for row in paired):
-        assert render_paired(paired).strip() in TEXT
     for path in write_csvs(records, tmp_path).values():
         assert path.read_text() == (folder / path.name).read_text(), path.name
 
@@ -82,15 +79,30 @@ def test_a_configuration_still_names_the_data_and_training_of_its_records(name: 
             assert "num_workers" not in again["training"]
 
 
-def test_the_table_of_prediction_rules_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def write_tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("prediction_rules")
-    assert script.table(ROOT / "benchmarks" / "results" / "prediction_rules.csv") in TEXT
+    return importlib.import_module("write_tables")
 
 
-def test_the_table_of_machine_time_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert importlib.import_module("machine_time").table() in TEXT
+def test_the_tables_of_both_readmes_are_current(write_tables: ModuleType) -> None:
+    for path in write_tables.READMES:
+        assert write_tables.filled(path.read_text()) == path.read_text(), "python benchmarks/write_tables.py"
+
+
+def test_each_folder_of_records_has_its_table(write_tables: ModuleType) -> None:
+    marked = {(kind, folder) for _, kind, folder, _ in write_tables.MARKED.findall(TEXT)}
+    assert {kind for kind, _ in marked} >= {"machine_time", "prediction_rules"}
+    for folder in RESULTS:
+        assert {("summary", folder.name), ("changes", folder.name)} & marked, folder.name
+    for folder in TUNING:
+        assert ("tuning", f"tuning/{folder.name}") in marked
+
+
+def test_a_line_of_tuning_says_what_is_not_the_default(write_tables: ModuleType) -> None:
+    lines = write_tables.tuning("tuning/caltech100")
+    for setting in ("`fm_lora` | defaults |", "`fm_lora` | rank 16 |", "`l2p` | lr_prompt 0.03; lr_head 0.005 |"):
+        assert setting in lines
 
 
 def test_the_packaged_weights_are_those_of_the_log() -> None:

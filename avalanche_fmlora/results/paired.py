@@ -99,8 +99,8 @@ def paired_rows(records: Iterable[Record], reference: str | None = None) -> list
 
     Args:
         records: runs, failed ones too.
-        reference: method, label, or both as in ``"fm_lora rank=4"``; by default ``fm_lora``, else the competing method
-            of the highest final average accuracy.
+        reference: method, label, or both as in ``"fm_lora rank=4"``; by default ``fm_lora`` (without a label, if
+            there), else the competing method of the highest final average accuracy.
 
     Raises:
         ValueError: if no method, or more than one of a protocol, is called so.
@@ -176,7 +176,8 @@ def _reference(groups: Sequence[Sequence[Run]], name: str | None) -> Sequence[Ru
         ours = [group for group in competing if group[0].record["config"]["method"] == DEFAULT_REFERENCE]
         metric = METRICS[0]
         mean = {id(group): statistics(known(group, metric).values())["mean"] or 0.0 for group in competing}
-        return max(ours or competing, key=lambda group: mean[id(group)], default=None)
+        plain = [group for group in ours if group[0].label is None]  # not the variant that came out best
+        return max(plain or ours or competing, key=lambda group: mean[id(group)], default=None)
     exact = [group for group in done if group[0].name == name]
     found = exact or [group for group in done if _called(group, name)]
     if len(found) > 1:
