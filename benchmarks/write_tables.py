@@ -1,8 +1,9 @@
 """Write every table of both READMEs, and the CSVs, anew from the records: python benchmarks/write_tables.py
 
-A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end of table -->`, FOLDER below benchmarks/results. Kinds:
-`summary` and `paired` (as `fmlora table` prints them), `tuning` (one line a run: what differs from the defaults),
-`changes` (FM-LoRA with one thing changed, against the defaults), `prediction_rules`, `machine_time` and `overview`.
+A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end of table -->`, FOLDER below benchmarks/results.
+Kinds: `summary` and `paired` (as `fmlora table` prints them), `tuning` (one line a run: what differs from the
+defaults), `changes` (FM-LoRA with one thing changed, against the defaults), `prediction_rules`, `machine_time` and
+`overview`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import machine_time
@@ -63,16 +65,25 @@ def tuning(folder: str) -> str:
 def changes(folder: str) -> str:
     """FM-LoRA with one thing changed: means, and the difference to the defaults."""
     records = records_of(folder)
-    rows = {row["label"]: row for row in summary_rows(records)}
     differences = {
         row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == "final_average_accuracy"
     }
-    lines = ["| FM-LoRA | FAA | Δ FAA | forgetting | learning accuracy | stored |", "|---|---|---|---|---|---|"]
-    for label, row in rows.items():
-        cells = [_spread(row, key) for key in ("final_average_accuracy", "forgetting", "learning_accuracy")]
-        difference = _difference(differences[label]) if label in differences else "–"
-        stored = f"{row['stored_parameters_mean']:,.0f}"
-        lines.append(f"| {label or '**defaults**'} | {cells[0]} | {difference} | {cells[1]} | {cells[2]} | {stored} |")
+    ranks: dict[str | None, list[int]] = {}
+    for record in records:
+        later = [e["rank"] for e in record["experiences"][1:] if e["rank"] is not None]
+        ranks.setdefault(record["config"]["label"], []).extend(later)
+    lines = [
+        "| FM-LoRA | FAA | Δ FAA | forgetting | learning accuracy | mean rank | trained a task | stored |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary_rows(records):
+        label = row["label"]
+        cells = [label or "**defaults**", _spread(row, "final_average_accuracy")]
+        cells.append(_difference(differences[label]) if label in differences else "–")
+        cells += [_spread(row, "forgetting", n=False), _spread(row, "learning_accuracy", n=False)]
+        cells.append(f"{fmean(ranks[label]):.1f}" if ranks[label] else "–")
+        cells += [f"{row[f'{kind}_parameters_mean']:,.0f}" for kind in ("trainable", "stored")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
