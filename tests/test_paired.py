@@ -117,7 +117,10 @@ def test_joint_training_and_stored_statistics_do_not_compete() -> None:
 
 def test_the_reference_is_found_by_method_label_or_both() -> None:
     records = several() + [make(0.8, method="fm_lora", order=o, label="tuned", options={"a": 2}) for o in range(3)]
-    assert {r["reference"] for r in paired_rows(records)} == {"fm_lora tuned"}, "the better of two"
+    assert {r["reference"] for r in paired_rows(records)} == {"fm_lora"}, "as it is, though a variant is better"
+    labelled = [r for r in records if r["config"]["method"] != "fm_lora" or r["config"]["label"]]
+    labelled += [make(0.7, method="fm_lora", order=o, label="other", options={"a": 3}) for o in range(3)]
+    assert {r["reference"] for r in paired_rows(labelled)} == {"fm_lora tuned"}, "the better of two"
     assert {r["reference"] for r in paired_rows(records, "fm_lora")} == {"fm_lora"}
     assert {r["reference"] for r in paired_rows(records, "tuned")} == {"fm_lora tuned"}
     assert row(records, "ncm", reference="seq_lora")["difference_mean"] == pytest.approx(0.05)
