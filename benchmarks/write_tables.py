@@ -27,6 +27,13 @@ BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
 READMES = (BENCHMARKS / "README.md", BENCHMARKS.parent / "README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) ?(\S*) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+FAA = "final_average_accuracy"
+LABELS = {
+    ("ncm", "ncm, FM-LoRA's head"): " with FM-LoRA's classifier",
+    ("fm_lora", "covariance kept"): ", covariance kept (stores statistics)",
+    ("inflora", None): " (stores statistics)",
+    ("joint", None): " (all data at once, linear head)",
+}
 USUAL = {"epochs": 5, "batch_size": 32}
 RATES = ("lr_lora", "lr_prompt")
 SAID_IN_THE_TEXT = ("seed", "precision", "rank_selection")
@@ -65,9 +72,7 @@ def tuning(folder: str) -> str:
 def changes(folder: str) -> str:
     """FM-LoRA with one thing changed: means, and the difference to the defaults."""
     records = records_of(folder)
-    differences = {
-        row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == "final_average_accuracy"
-    }
+    differences = {row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == FAA}
     ranks: dict[str | None, list[int]] = {}
     for record in records:
         later = [e["rank"] for e in record["experiences"][1:] if e["rank"] is not None]
@@ -78,7 +83,7 @@ def changes(folder: str) -> str:
     ]
     for row in summary_rows(records):
         label = row["label"]
-        cells = [label or "**defaults**", _spread(row, "final_average_accuracy")]
+        cells = [label or "**defaults**", _spread(row, FAA)]
         cells.append(_difference(differences[label]) if label in differences else "–")
         cells += [_spread(row, "forgetting", n=False), _spread(row, "learning_accuracy", n=False)]
         cells.append(f"{fmean(ranks[label]):.1f}" if ranks[label] else "–")
@@ -89,23 +94,28 @@ def changes(folder: str) -> str:
 
 def overview(_: str) -> str:
     """The table of the top README: each method on three test beds."""
-    beds = {name: {_key(row): row for row in summary_rows(records_of(name))} for name in ("caltech100", "emoji20")}
-    beds["split_glyphs"] = {_key(row): row for row in summary_rows(records_of("split_glyphs"))}
-    order = sorted(beds["caltech100"].values(), key=lambda row: -row["final_average_accuracy_mean"])
-    order = [row for row in order if row["label"] != "ncm, whitened rows"]
-    order.sort(key=lambda row: (row["method"] == "joint", row["method"] != "fm_lora"))
-    notes = {"inflora": " (stores statistics)", "joint": " (all data at once, linear head)"}
+    beds = {
+        bed: {(row["method"], row["label"]): row for row in summary_rows(records_of(bed))}
+        for bed in ("caltech100", "emoji20", "split_glyphs")
+    }
     lines = [
         "| method | Caltech-100 | forgetting | emoji | split_glyphs | forgetting | stored besides head (ViT-S) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in order:
-        name = f"`{row['method']}`" + (" with FM-LoRA's classifier" if row["label"] else notes.get(row["method"], ""))
-        on = [beds[bed].get(_key(row)) for bed in ("caltech100", "emoji20", "split_glyphs")]
-        cells = [_spread(on[0], "final_average_accuracy"), _spread(on[0], "forgetting", n=False)]
-        cells += [_spread(on[1], "final_average_accuracy"), _spread(on[2], "final_average_accuracy")]
-        cells += [_spread(on[2], "forgetting", n=False), f"{row['stored_parameters_mean']:,.0f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    keys = sorted(beds["caltech100"], key=lambda key: -beds["caltech100"][key]["final_average_accuracy_mean"])
+    keys.sort(key=lambda key: (key[0] == "joint", key != ("fm_lora", None)))
+    for key in keys:
+        if key[1] is not None and key not in LABELS:
+            continue
+        on = [rows.get(key) for rows in beds.values()]
+        cells = [f"`{key[0]}`" + LABELS.get(key, ""), _spread(on[0], FAA), _spread(on[0], "forgetting", n=False)]
+        cells += [_spread(on[1], FAA), _spread(on[2], FAA), _spread(on[2], "forgetting", n=False)]
+        stored = beds["caltech100"][key]
+        statistics = stored["stored_statistics_mean"]
+        cells.append(
+            f"{stored['stored_parameters_mean']:,.0f}" + (f" + {statistics:,.0f} of statistics" if statistics else "")
+        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -155,10 +165,6 @@ def _fm_head(own: dict[str, Any]) -> list[str]:
     if own["whitening"] is None:
         return ["no whitening"]
     return [] if own["whitening_covariance"] == "secant" else [COVARIANCES[own["whitening_covariance"]]]
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str | None]:
-    return row["method"], row["label"]
 
 
 def _spread(row: dict[str, Any] | None, key: str, n: bool = True) -> str:
