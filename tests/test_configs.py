@@ -59,7 +59,7 @@ def test_a_field_that_does_not_exist_would_be_found(path: Path) -> None:
 @pytest.mark.parametrize("benchmark", RUN_HERE)
 def test_unified_is_all_methods_with_one_training(benchmark: str) -> None:
     configs = expand(read_all([CONFIGS / f"{benchmark}.yaml", CONFIGS / "unified.yaml"]))
-    check_unified(configs, 5, labels={"ncm, whitened rows", "ncm, FM-LoRA's head"})
+    check_unified(configs, 5, labels={"ncm, whitened rows", "ncm, FM-LoRA's head", "covariance kept"})
 
 
 @pytest.mark.parametrize("benchmark", ON_A_GPU)
