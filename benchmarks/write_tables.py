@@ -20,6 +20,7 @@ import prediction_rules
 from avalanche_fmlora import FM_LORA_CLASSIFIER
 from avalanche_fmlora.results.grouping import BEFORE, flat, natural
 from avalanche_fmlora.results.record import Record, read_records
+from avalanche_fmlora.results.render import Cell, Table, difference, draw, number, per_cent
 from avalanche_fmlora.results.table import paired_rows, render, render_paired, summary_rows, write_csvs
 from avalanche_fmlora.strategies.registry import method
 
@@ -38,7 +39,13 @@ USUAL = {"epochs": 5, "batch_size": 32}
 RATES = ("lr_lora", "lr_prompt")
 SAID_IN_THE_TEXT = ("seed", "precision", "rank_selection")
 COVARIANCES = {"current": "current covariance", "secant": "remembered covariance", "running": "covariance kept"}
-HEAD = ("classifier", "row_transport", "whitening", "whitening_covariance", "recurring_rows", "pooling")
+SHOWN = (
+    ("caltech100", FAA),
+    ("caltech100", "forgetting"),
+    ("emoji20", FAA),
+    ("split_glyphs", FAA),
+    ("split_glyphs", "forgetting"),
+)
 
 
 def records_of(folder: str) -> list[Record]:
@@ -62,7 +69,7 @@ def tuning(folder: str) -> str:
     for record in records_of(folder):
         metrics = record["metrics"]
         shown = [metrics[key] for key in ("final_average_accuracy", "forgetting", "learning_accuracy")]
-        cells = " | ".join("–" if value is None else f"{100 * value:.1f}" for value in shown)
+        cells = " | ".join(number(None if value is None else 100 * value, 1) for value in shown)
         lines.append((record["config"]["method"], setting(record), cells))
     ordered = sorted(lines, key=lambda line: (line[0], natural(line[1])))
     rows = [f"| `{name}` | {text} | {cells} |" for name, text, cells in ordered]
@@ -70,26 +77,24 @@ def tuning(folder: str) -> str:
 
 
 def changes(folder: str) -> str:
-    """FM-LoRA with one thing changed: means, and the difference to the defaults."""
+    """FM-LoRA with one thing changed: means, and the difference from the defaults."""
     records = records_of(folder)
-    differences = {row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == FAA}
+    paired_with = {row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == FAA}
     ranks: dict[str | None, list[int]] = {}
     for record in records:
         later = [e["rank"] for e in record["experiences"][1:] if e["rank"] is not None]
         ranks.setdefault(record["config"]["label"], []).extend(later)
-    lines = [
-        "| FM-LoRA | FAA | Δ FAA | forgetting | learning accuracy | mean rank | trained a task | stored |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["label", "FAA", "Δ FAA", "forgetting", "learning accuracy", "mean rank", "trained a task", "stored"]
+    rows = []
     for row in summary_rows(records):
         label = row["label"]
-        cells = [label or "**defaults**", _spread(row, FAA)]
-        cells.append(_difference(differences[label]) if label in differences else "–")
-        cells += [_spread(row, "forgetting", n=False), _spread(row, "learning_accuracy", n=False)]
-        cells.append(f"{fmean(ranks[label]):.1f}" if ranks[label] else "–")
-        cells += [f"{row[f'{kind}_parameters_mean']:,.0f}" for kind in ("trainable", "stored")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [Cell(label or "defaults", bold=label is None), per_cent(row, FAA)]
+        cells.append(difference(_turned(paired_with[label])) if label in paired_with else Cell("–"))
+        cells += [per_cent(row, "forgetting"), per_cent(row, "learning_accuracy")]
+        cells.append(Cell(number(fmean(ranks[label]) if ranks[label] else None, 1)))
+        cells += [Cell(number(row[f"{kind}_parameters_mean"])) for kind in ("trainable", "stored")]
+        rows.append(cells)
+    return draw(Table(header, rows, [None] * len(rows)), "markdown").strip()
 
 
 def overview(_: str) -> str:
@@ -98,25 +103,23 @@ def overview(_: str) -> str:
         bed: {(row["method"], row["label"]): row for row in summary_rows(records_of(bed))}
         for bed in ("caltech100", "emoji20", "split_glyphs")
     }
-    lines = [
-        "| method | Caltech-100 | forgetting | emoji | split_glyphs | forgetting | stored besides head (ViT-S) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    keys = sorted(beds["caltech100"], key=lambda key: -beds["caltech100"][key]["final_average_accuracy_mean"])
-    keys.sort(key=lambda key: (key[0] == "joint", key != ("fm_lora", None)))
+    first = beds["caltech100"]
+    keys = sorted(first, key=lambda key: (key[0] == "joint", key != ("fm_lora", None), -first[key][f"{FAA}_mean"]))
+    rows = []
     for key in keys:
         if key[1] is not None and key not in LABELS:
             continue
-        on = [rows.get(key) for rows in beds.values()]
-        cells = [f"`{key[0]}`" + LABELS.get(key, ""), _spread(on[0], FAA), _spread(on[0], "forgetting", n=False)]
-        cells += [_spread(on[1], FAA), _spread(on[2], FAA), _spread(on[2], "forgetting", n=False)]
-        stored = beds["caltech100"][key]
-        statistics = stored["stored_statistics_mean"]
-        cells.append(
-            f"{stored['stored_parameters_mean']:,.0f}" + (f" + {statistics:,.0f} of statistics" if statistics else "")
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        on = {bed: found.get(key) for bed, found in beds.items()}
+        cells = [Cell(f"`{key[0]}`" + LABELS.get(key, ""))]
+        for bed, metric in SHOWN:
+            row = on[bed]
+            cells.append(Cell("–") if row is None else per_cent(row, metric))
+        statistics = first[key]["stored_statistics_mean"]
+        more = f" + {number(statistics)} of statistics" if statistics else ""
+        cells.append(Cell(number(first[key]["stored_parameters_mean"]) + more))
+        rows.append(cells)
+    header = ["method", "Caltech-100", "forgetting", "emoji", "split_glyphs", "forgetting"]
+    return draw(Table([*header, "stored besides head (ViT-S)"], rows, [None] * len(rows)), "markdown").strip()
 
 
 def setting(record: Record) -> str:
@@ -133,7 +136,7 @@ def setting(record: Record) -> str:
     elif own["pooling"] != defaults["pooling"]:
         parts.append("token and mean")
     for key, value in sorted(own.items(), key=lambda item: item[0] not in RATES):
-        if key in HEAD or key in SAID_IN_THE_TEXT:
+        if key in FM_LORA_CLASSIFIER or key in SAID_IN_THE_TEXT:
             continue
         if value != defaults.get(key, value) or (key in RATES and not ours):
             parts.append(f"{key} {_shown(value)}")
@@ -167,21 +170,10 @@ def _fm_head(own: dict[str, Any]) -> list[str]:
     return [] if own["whitening_covariance"] == "secant" else [COVARIANCES[own["whitening_covariance"]]]
 
 
-def _spread(row: dict[str, Any] | None, key: str, n: bool = True) -> str:
-    if row is None or row[f"{key}_mean"] is None:
-        return "–"
-    std = row[f"{key}_std"]
-    text = f"{100 * row[f'{key}_mean']:.1f} ± " + ("–" if std is None else f"{100 * std:.1f}")
-    if key in (row["best"] or "").split():
-        text = f"**{text}**"
-    return f"{text} ({row['n']})" if n else text
-
-
-def _difference(row: dict[str, Any]) -> str:
-    text = f"{-100 * row['difference_mean']:+.1f}"
-    if row["low"] is not None:
-        text += f" [{-100 * row['high']:.1f}, {-100 * row['low']:.1f}]"
-    return f"**{text}**" if row["excludes_zero"] else text
+def _turned(row: dict[str, Any]) -> dict[str, Any]:
+    """A paired difference the other way round: method minus reference."""
+    mean, low, high = (None if row[key] is None else -row[key] for key in ("difference_mean", "low", "high"))
+    return row | {"difference_mean": mean, "low": high, "high": low}
 
 
 KINDS: dict[str, Callable[[str], str]] = {

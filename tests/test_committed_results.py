@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from made_records import make
 
 from avalanche_fmlora.config import read_all
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.results.record import read_records
-from avalanche_fmlora.results.table import write_csvs
+from avalanche_fmlora.results.table import paired_rows, write_csvs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(p.parent for p in (ROOT / "benchmarks" / "results").glob("*/records"))
@@ -94,7 +95,11 @@ def test_each_folder_of_records_has_its_table(write_tables: ModuleType) -> None:
     marked = {(kind, folder) for _, kind, folder, _ in write_tables.MARKED.findall(TEXT)}
     assert {kind for kind, _ in marked} >= {"machine_time", "prediction_rules"}
     for folder in RESULTS:
-        assert {("summary", folder.name), ("changes", folder.name)} & marked, folder.name
+        if ("changes", folder.name) in marked:
+            continue
+        assert ("summary", folder.name) in marked
+        if any(row["low"] is not None for row in paired_rows(read_records(folder / "records"))):
+            assert ("paired", folder.name) in marked
     for folder in TUNING:
         assert ("tuning", f"tuning/{folder.name}") in marked
 
@@ -103,6 +108,19 @@ def test_a_line_of_tuning_says_what_is_not_the_default(write_tables: ModuleType)
     lines = write_tables.tuning("tuning/caltech100")
     for setting in ("`fm_lora` | defaults |", "`fm_lora` | rank 16 |", "`l2p` | lr_prompt 0.03; lr_head 0.005 |"):
         assert setting in lines
+
+
+def test_a_change_is_shown_as_what_it_adds_to_the_defaults(
+    write_tables: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [make(0.5 + o / 100, method="fm_lora", order=o) for o in range(3)]
+    records += [make(0.6 + o / 100, method="fm_lora", label="better", options={"a": 1}, order=o) for o in range(3)]
+    monkeypatch.setattr(write_tables, "records_of", lambda _: records)
+    defaults, better = (
+        [c.strip() for c in line.split("|")[1:4]] for line in write_tables.changes("any").splitlines()[2:]
+    )
+    assert defaults == ["**defaults**", "38.0 ± 0.5 (3)", "–"]
+    assert better == ["better", "**43.0 ± 0.5** (3)", "**+5.0 [5.0, 5.0]** (3)"]
 
 
 def test_the_packaged_weights_are_those_of_the_log() -> None:

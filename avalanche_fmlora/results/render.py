@@ -88,7 +88,7 @@ def summary_table(summary: Rows, digits: int = 1) -> Table:
     for name in ("benchmark", "protocol", "method", "label"):
         columns[name] = [Cell(row[name] or "") for row in rows]
     for metric, header in HEADERS.items():
-        columns[f"{header} [%]"] = [_per_cent(row, metric, digits) for row in rows]
+        columns[f"{header} [%]"] = [per_cent(row, metric, digits) for row in rows]
     for header, name in (("stored params", "stored_parameters_mean"), ("stored stats", "stored_statistics_mean")):
         columns[header] = [Cell(number(row[name])) for row in rows]
     columns["train [s]"] = [Cell(number(row["train_s_mean"], 1)) for row in rows]
@@ -111,7 +111,7 @@ def paired_table(paired: Rows, digits: int = 1) -> Table:
     for k, name in enumerate(names[:5]):
         columns[name] = [Cell(group[k] or "") for group in groups]
     for metric, header in HEADERS.items():
-        columns[f"Δ {header}"] = [_difference(rows[metric], digits) for rows in groups.values()]
+        columns[f"Δ {header}"] = [difference(rows[metric], digits) for rows in groups.values()]
     columns["note"] = [Cell(group[-1] or "") for group in groups]
     if [c[:2] for c in columns["Δ FAA"]] == [c[:2] for c in columns["Δ pooled"]]:
         del columns["Δ pooled"]
@@ -144,8 +144,8 @@ def _plain_rows(summary: Rows) -> list[Mapping[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in plain.to_dict("records")]
 
 
-def _per_cent(row: Mapping[str, Any], metric: str, digits: int) -> Cell:
-    """``45.1 ± 0.3 (5)``, or ``45.1 ± – (1)``: one run has no deviation."""
+def per_cent(row: Mapping[str, Any], metric: str, digits: int = 1) -> Cell:
+    """A metric of a summary's row: ``45.1 ± 0.3 (5)``, or ``45.1 ± – (1)``: one run has no deviation."""
     mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
     if mean is None:
         return Cell("–")
@@ -154,8 +154,8 @@ def _per_cent(row: Mapping[str, Any], metric: str, digits: int) -> Cell:
     return Cell(f"{number(100 * mean, digits)} ± {deviation}", f" ({row[f'{metric}_n']})", bold)
 
 
-def _difference(row: Mapping[str, Any], digits: int) -> Cell:
-    """``+14.5 [12.1, 16.9] (3)``, or ``+14.5 (1)``: one pair has no interval."""
+def difference(row: Mapping[str, Any], digits: int = 1) -> Cell:
+    """A paired row: ``+14.5 [12.1, 16.9] (3)``, or ``+14.5 (1)``: one pair has no interval."""
     mean, low, high = (None if row[k] is None else 100 * row[k] for k in ("difference_mean", "low", "high"))
     if mean is None:
         return Cell("–")
