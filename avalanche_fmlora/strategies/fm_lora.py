@@ -74,9 +74,9 @@ class FMLoRAConfig(MethodConfig):
     """Scale s of the update s·A C B."""
     bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
     """Where the shared bases come from."""
-    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = 0.5
-    """Share α of an experience's update that is kept: a number in (0, 1], or 1/t in experience t, which suits long
-    sequences; the first, which makes the bases, is kept whole."""
+    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = "1/t"
+    """Share α of an experience's update that is kept: 1/t in experience t, so that the longer the sequence, the less one
+    experience moves what all share, or a number in (0, 1]; the first, which makes the bases, is kept whole."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
     teacher: Literal["known", "every_step"] = "known"
@@ -187,7 +187,7 @@ class FMLoRAStrategy(ContinualStrategy):
         return plugins
 
     def core_step(self) -> float:
-        """α: the whole of the first update, which made the bases; then `core_step` or 1/t."""
+        """α: the whole of the first update, which made the bases; then 1/t or a fixed `core_step`."""
         done = self._experiences_absorbed()
         if done == 0:
             return 1.0
