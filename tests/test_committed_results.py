@@ -106,7 +106,11 @@ def test_each_folder_of_records_has_its_table(write_tables: ModuleType) -> None:
 
 def test_a_line_of_tuning_says_what_is_not_the_default(write_tables: ModuleType) -> None:
     lines = write_tables.tuning("tuning/caltech100")
-    for setting in ("`fm_lora` | defaults |", "`fm_lora` | core_step 0.5; rank 16 |", "`l2p` | lr_prompt 0.03; lr_head 0.005 |"):
+    for setting in (
+        "`fm_lora` | defaults |",
+        "`fm_lora` | rank 16; core_step 0.5 |",
+        "`l2p` | lr_prompt 0.03; lr_head 0.005 |",
+    ):
         assert setting in lines
 
 

@@ -75,8 +75,8 @@ class FMLoRAConfig(MethodConfig):
     bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
     """Where the shared bases come from."""
     core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = "1/t"
-    """Share α of an experience's update that is kept: 1/t in experience t, so that the longer the sequence, the less one
-    experience moves what all share, or a number in (0, 1]; the first, which makes the bases, is kept whole."""
+    """Share α of an experience's update that is kept: 1/t in experience t, so that the longer the sequence, the less
+    one experience moves what all share, or a number in (0, 1]; the first, which makes the bases, is kept whole."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
     teacher: Literal["known", "every_step"] = "known"
