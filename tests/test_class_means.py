@@ -137,7 +137,9 @@ def test_the_stability_term_keeps_the_core_in_place(make_strategy: Any, train: A
     assert changes[1] < 0.5 * changes[0]
 
 
-@pytest.mark.parametrize(("step", "shares"), [(0.5, [0.5, 0.5]), ("1/t", [1 / 2, 1 / 3]), (1.0, [1.0, 1.0])])
+@pytest.mark.parametrize(
+    ("step", "shares"), [(0.5, [0.5, 0.5]), ("1/t", [1 / 2, 1 / 3]), ("2/(t+1)", [2 / 3, 1 / 2]), (1.0, [1.0, 1.0])]
+)
 def test_the_averaged_step_keeps_its_share(
     step: Any, shares: list[float], make_strategy: Any, train: Any, class_benchmark: Any
 ) -> None:

@@ -74,9 +74,10 @@ class FMLoRAConfig(MethodConfig):
     """Scale s of the update s·A C B."""
     bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
     """Where the shared bases come from."""
-    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t"] = "1/t"
+    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t", "2/(t+1)"] = "1/t"
     """Share α of an experience's update that is kept: 1/t in experience t, so that the longer the sequence, the less
-    one experience moves what all share, or a number in (0, 1]; the first, which makes the bases, is kept whole."""
+    one experience moves what all share and the core is the mean of all t; 2/(t+1), a mean with weights 1, 2, …, t; or
+    a number in (0, 1]. The first update, which makes the bases, is kept whole."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
     teacher: Literal["known", "every_step"] = "known"
@@ -187,11 +188,17 @@ class FMLoRAStrategy(ContinualStrategy):
         return plugins
 
     def core_step(self) -> float:
-        """α: the whole of the first update, which made the bases; then 1/t or a fixed `core_step`."""
-        done = self._experiences_absorbed()
-        if done == 0:
-            return 1.0
-        return 1 / (done + 1) if self.config.core_step == "1/t" else float(self.config.core_step)
+        """α: the whole of the first update, which made the bases; then as `core_step` says."""
+        t = self._experiences_absorbed() + 1
+        match self.config.core_step:
+            case _ if t == 1:
+                return 1.0
+            case "1/t":
+                return 1 / t
+            case "2/(t+1)":
+                return 2 / (t + 1)
+            case share:
+                return float(share)
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """As the frame's; `slow` bases keep a share of their rate after the first experience."""
