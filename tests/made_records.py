@@ -22,8 +22,12 @@ def make(
     split_hash: str = "a" * 64,
     joint: bool = False,
     statistics: int | None = 0,
+    domains: str = "",
 ) -> Record:
-    """A run of two experiences (10 and 30 test images) with R = [[0.75, -], [final, 0.25]]."""
+    """A run of two experiences (10 and 30 test images) with R = [[0.75, -], [final, 0.25]].
+
+    `domains` names these in order, a letter each.
+    """
     record = blank_record(
         {
             "method": method,
@@ -41,6 +45,8 @@ def make(
         return record
     record["status"], record["error"] = "finished", None
     record["benchmark"] |= {"experience_names": ["a", "b"], "n_test": [10, 30], "split_hash": split_hash}
+    if domains:
+        record["benchmark"] |= {"experience_names": list(domains), "class_order": [0, 1]}
     record["accuracy_matrix"] = [[None if joint else 0.75, None], [final, 0.25]]
     record["metrics"] = summarize(record["accuracy_matrix"], [10, 30])  # type: ignore[typeddict-item]
     record["cost"] |= {"train_s": 2.0 + seed, "peak_memory_bytes": 1000}

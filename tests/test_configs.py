@@ -74,7 +74,7 @@ def check_unified(configs: list[RunConfig], orders: int, labels: Set[str] = froz
     assert {c.method for c in configs} == set(methods())
     assert {c.label for c in configs} == {None, *labels}
     assert len({c.training for c in configs}) == 1
-    assert {c.class_order_seed for c in configs} == set(range(orders))
+    assert len({c.class_order_seed for c in configs}) == orders
     assert len({run_id(c.identity()) for c in configs}) == len(configs) == orders * (len(methods()) + len(labels))
     assert len({(c.benchmark, c.backbone.model_dump_json()) for c in configs}) == 1
 

@@ -15,7 +15,15 @@ from avalanche_fmlora.results.grouping import JOINT, STATISTICS
 from avalanche_fmlora.results.paired import METRICS
 from avalanche_fmlora.results.record import write_record
 from avalanche_fmlora.results.remarks import remarks
-from avalanche_fmlora.results.table import paired_frame, paired_rows, render, render_paired, summary_rows, write_csvs
+from avalanche_fmlora.results.table import (
+    paired_frame,
+    paired_rows,
+    render,
+    render_paired,
+    runs_frame,
+    summary_rows,
+    write_csvs,
+)
 
 
 def row(records: list[Any], method: str, metric: str = METRICS[0], reference: str | None = None) -> dict[str, Any]:
@@ -65,6 +73,24 @@ def test_only_common_class_orders_are_compared_and_the_others_named() -> None:
     assert "--methods ncm --class-orders 0,3,4 --seeds 0" in other
     apart = [make(method="fm_lora", order=0), make(method="ncm", order=1)]
     assert (row(apart, "ncm")["n"], row(apart, "ncm")["difference_mean"]) == (0, None)
+
+
+def test_an_order_drawn_twice_counts_once() -> None:
+    """Two domains have two orders, so of three numbers two are one order, whichever of its runs are there."""
+    orders = {0: "ab", 1: "ba", 2: "ab"}
+    records = [make(0.6 + o / 100, method="fm_lora", order=o, domains=orders[o]) for o in orders]
+    records += [make(0.2, method="ncm", order=1, domains="ba"), make(0.2, method="ncm", order=2, domains="ab")]
+    summary = {r["method"]: r for r in summary_rows(records)}
+    assert (summary["fm_lora"]["n"], summary["ncm"]["n"]) == (2, 2)
+    assert summary["fm_lora"]["final_average_accuracy_mean"] == pytest.approx((0.425 + 0.43) / 2)
+    assert [summary[m]["note"] for m in summary] == [None, None]
+    found = row(records, "ncm")
+    assert (found["n"], found["difference_mean"], found["note"]) == (2, pytest.approx(0.2025), None)
+    (remark,) = remarks(records)
+    assert remark.startswith("glyphs: class order 2 is class order 0 again")
+    assert len(runs_frame(records)) == 5, "what was run stays in the list of runs"
+    failed = make(method="fm_lora", order=0, error="boom")
+    assert {r["n"] for r in summary_rows([*records[1:], failed])} == {2}
 
 
 def test_differences_in_the_last_bit_are_none() -> None:

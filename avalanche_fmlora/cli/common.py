@@ -149,10 +149,13 @@ def show(records: Sequence[Record], out: Path, mend: str) -> None:
     """CSVs of all records in the folder, the table of these ones; if one failed, how to `mend` it and exit status 1."""
     from avalanche_fmlora.comparison import one_line
     from avalanche_fmlora.results.record import read_records
+    from avalanche_fmlora.results.remarks import repeated_orders
     from avalanche_fmlora.results.table import render, summary_rows, write_csvs
 
     paths = write_csvs(read_records(out / "records"), out)
     click.echo(render(summary_rows(records)).rstrip("\n"))
+    for remark in repeated_orders(records):
+        click.echo(f"Note: {remark}", err=True)
     click.echo(f"\nRecords: {out / 'records'}\nTables:  " + ", ".join(str(p) for p in paths.values()))
     failed = [r for r in records if r["status"] != "finished"]
     for record in failed:

@@ -20,18 +20,27 @@ BLOCKS = (None, STATISTICS, JOINT)
 
 
 class Run(NamedTuple):
-    """A record with what names its row among all records; `key` is equal for runs that may be averaged."""
+    """A record with what names its row among all records; `key` is equal for runs that may be averaged.
+
+    `order` is the class order's number; where several numbers of one protocol draw the same order, the lowest of them.
+    """
 
     record: Record
     key: tuple[str, str, str, str, str]
     protocol: str
     protocol_id: str
     label: str | None
+    order: int | None
 
     @property
     def pair(self) -> Pair:
         """Class order and seed."""
-        return self.record["config"]["class_order_seed"], self.record["config"]["seed"]
+        return self.order, self.record["config"]["seed"]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a lower number draws the same order, as happens where there are few domains."""
+        return self.order != self.record["config"]["class_order_seed"]
 
     @property
     def finished(self) -> bool:
@@ -93,22 +102,24 @@ def runs_of(records: Iterable[Record]) -> list[Run]:
     trained: dict[str, list[Row]] = {}
     for record, (_, identity) in zip(ordered, protocols, strict=True):
         trained.setdefault(identity, []).append(_settings(record))
+    first = _first_numbers(ordered, [identity for _, identity in protocols])
     runs = []
-    for record, own, (text, identity) in zip(ordered, options, protocols, strict=True):
+    for record, own, (text, identity), order in zip(ordered, options, protocols, first, strict=True):
         config = record["config"]
         key = (benchmark_name(record), identity, config["method"], config["label"] or "", _canonical(own))
         shown = varying[_family(record)] | set(filter(_is_training, _varying(trained[identity])))
         label = " ".join(filter(None, (config["label"], _shown(own, shown))))
-        runs.append(Run(record, key, text, identity, label or None))
+        runs.append(Run(record, key, text, identity, label or None, order))
     return runs
 
 
 def groups_of(records: Iterable[Record]) -> list[list[Run]]:
-    """Runs that may be averaged, together; failed ones too."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs_of(records):
-        groups.setdefault(run.key, []).append(run)
-    return list(groups.values())
+    """Runs that may be averaged, together; failed ones too. Of runs that repeat an order with its seed, one counts."""
+    runs = runs_of(records)
+    groups: dict[tuple[str, ...], dict[Pair, Run]] = {run.key: {} for run in runs}
+    for run in sorted(runs, key=lambda run: (not run.finished, run.repeats)):
+        groups[run.key].setdefault(run.pair, run)
+    return [[run for run in runs if groups[key].get(run.pair) is run] for key in groups]
 
 
 def protocols_of(records: Iterable[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -144,6 +155,25 @@ def natural(text: str) -> list[tuple[int, float, str]]:
     """Sorts ``rank=4`` before ``rank=16``."""
     parts = re.split(r"(\d+)", text)
     return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts]
+
+
+def _first_numbers(records: Sequence[Record], protocols: Sequence[str]) -> list[int | None]:
+    """Of each record the lowest number of a class order that, in its protocol, gives the same experiences."""
+
+    def drawn(record: Record, protocol: str) -> str | None:
+        data = record["benchmark"]
+        known = data["class_order"] and data["experience_names"]
+        return _canonical([protocol, data["class_order"], data["experience_names"]]) if known else None
+
+    lowest: dict[str, int | None] = {}
+    for record, protocol in zip(records, protocols, strict=True):
+        order, name = record["config"]["class_order_seed"], drawn(record, protocol)
+        if name is not None:
+            lowest[name] = min(lowest.get(name, order), order, key=lambda o: -1 if o is None else o)
+    return [
+        lowest.get(drawn(record, protocol) or "", record["config"]["class_order_seed"])
+        for record, protocol in zip(records, protocols, strict=True)
+    ]
 
 
 def _family(record: Record) -> tuple[str, str, str | None]:

@@ -25,6 +25,7 @@ def remarks(records: Iterable[Record]) -> list[str]:
     notes = _mixed(protocols)
     for runs in protocols.values():
         notes += _differing(runs)
+    notes += repeated_orders(records)
     notes += [note for group in groups_of(records) for note in _missing(group, protocols)]
     failed = [run for run in runs_of(records) if not run.finished]
     if failed:
@@ -33,6 +34,20 @@ def remarks(records: Iterable[Record]) -> list[str]:
             "runs.csv; the same `fmlora compare` runs them again."
         )
     return notes
+
+
+def repeated_orders(records: Iterable[Record]) -> list[str]:
+    """A sentence for each number of a class order that draws the order of a lower one, as happens with few domains."""
+    twins = {
+        (run.benchmark, run.record["config"]["class_order_seed"], run.order): None
+        for run in runs_of(records)
+        if run.repeats
+    }
+    return [
+        f"{benchmark}: class order {number} is class order {first} again, so its runs say nothing new and count in no "
+        "mean. Few domains have few orders: give `--class-orders` another number in its place."
+        for benchmark, number, first in twins
+    ]
 
 
 def _mixed(protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
