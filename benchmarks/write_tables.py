@@ -2,7 +2,7 @@
 
 A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end of table -->`, FOLDER below benchmarks/results.
 Kinds: `summary` and `paired` (as `fmlora table` prints them), `tuning` (one line a run: what differs from the
-defaults), `changes` (FM-LoRA with one thing changed, against the defaults), `prediction_rules`, `machine_time` and
+defaults), `changes` (FM-LoRA with one thing changed, against it unchanged), `prediction_rules`, `machine_time` and
 `overview`.
 """
 
@@ -77,7 +77,7 @@ def tuning(folder: str) -> str:
 
 
 def changes(folder: str) -> str:
-    """FM-LoRA with one thing changed: means, and the difference from the defaults."""
+    """FM-LoRA with one thing changed: means, and the difference from the one without a label."""
     records = records_of(folder)
     paired_with = {row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == FAA}
     ranks: dict[str | None, list[int]] = {}
@@ -88,7 +88,7 @@ def changes(folder: str) -> str:
     rows = []
     for row in summary_rows(records):
         label = row["label"]
-        cells = [Cell(label or "defaults", bold=label is None), per_cent(row, FAA)]
+        cells = [Cell(label or "unchanged", bold=label is None), per_cent(row, FAA)]
         cells.append(difference(_turned(paired_with[label])) if label in paired_with else Cell("–"))
         cells += [per_cent(row, "forgetting"), per_cent(row, "learning_accuracy")]
         cells.append(Cell(number(fmean(ranks[label]) if ranks[label] else None, 1)))

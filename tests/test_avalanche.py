@@ -280,22 +280,25 @@ def test_compiled_features_are_the_same(
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_parts_can_be_left_out(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
-    strategy = train(make_strategy("fm_lora", rank_selection=None, prompt_length=0), class_benchmark)
+@pytest.mark.parametrize(
+    ("bases", "first"), [("pretrained_svd", 2 * 2 * 2 * 16), ("first_experience", 2 * 2 * (4 * 32))]
+)
+def test_parts_can_be_left_out(bases: str, first: int, make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    strategy = train(make_strategy("fm_lora", rank_selection=None, prompt_length=0, bases=bases), class_benchmark)
     assert not [p for p in strategy.plugins if isinstance(p, RankSelectionPlugin | MetaPromptPlugin)]
     assert strategy.model.prompt is None
     assert strategy.model.selector is None
-    assert [r["trainable_parameters"] for r in strategy.resources] == [2 * 2 * (4 * 32), 2 * 2 * 2 * 16, 2 * 2 * 2 * 16]
+    assert [r["trainable_parameters"] for r in strategy.resources] == [first, 2 * 2 * 2 * 16, 2 * 2 * 2 * 16]
 
 
 def test_parts_can_be_replaced(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
     ranks = RankSelectionPlugin(candidates=(1, 2), kl_weight=0.0, seed=3)
     prompts = MetaPromptPlugin(rate_share=0.0, epsilon=1.0)
     snapshots: list[Any] = []
-    strategy = make_strategy("fm_lora", rank_selection=ranks, meta_prompt=prompts)
+    strategy = make_strategy("fm_lora", rank_selection=ranks, meta_prompt=prompts, bases="first_experience")
     train(strategy, class_benchmark, after=lambda s: snapshots.append(s.model.prompt.prompt.detach().clone()))
     assert [p for p in strategy.plugins if isinstance(p, RankSelectionPlugin | MetaPromptPlugin)] == [ranks, prompts]
-    assert ranks.history[0]["rank"] == 4
+    assert ranks.history[0]["rank"] == 4, "no update to bound where bases train"
     assert {h["rank"] for h in ranks.history[1:]} <= {1, 2}
     assert torch.equal(snapshots[0], snapshots[2]), "a rate of zero after the first experience"
     assert prompts.drift[0] > 0

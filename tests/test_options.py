@@ -41,6 +41,7 @@ ANOTHER: dict[str, Any] = {
 """A second value where none can be derived from the type."""
 
 GIVEN: dict[str, dict[str, Any]] = {
+    "lr_bases": {"bases": "first_experience"},
     "logit_scale": {"classifier": "cosine"},
     "row_transport": {"classifier": "class_mean", "transport_ridge": 0.01},
     "transport_ridge": {"classifier": "class_mean", "row_transport": True},

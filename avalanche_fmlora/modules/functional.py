@@ -77,7 +77,7 @@ def rank_mask(choice: Tensor, candidates: Tensor, rank: int) -> Tensor:
 
 
 def relative_complexity(complexity: float, first: float) -> float:
-    """Complexity over that of the first experience, at most 1: the bases were sized for the first.
+    """Complexity over that of the first experience, at most 1.
 
     >>> relative_complexity(0.2, 0.4), relative_complexity(0.5, 0.4)
     (0.5, 1.0)

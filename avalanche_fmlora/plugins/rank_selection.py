@@ -18,9 +18,9 @@ class RankSelectionPlugin(SupervisedPlugin):
     """Dynamic rank selector for a strategy whose model has low-rank updates (arXiv 2504.08823; equations ours).
 
     Before the experience it measures complexity H and similarity; while the first share of the iterations runs it draws
-    ranks by straight-through Gumbel-Softmax with a falling temperature; then the likeliest rank is kept. In an
-    experience that learns the bases themselves there is no update to bound: measures are logged, the rank is R. Later
-    complexities count relative to the first experience's, for which the bases were sized.
+    ranks by straight-through Gumbel-Softmax with a falling temperature; then the likeliest rank is kept. Complexities
+    count relative to the first experience's. In an experience that learns the bases themselves there is no update to
+    bound: measures are logged, the rank is R.
 
     Args:
         candidates: ranks to choose from; None means {R/8, R/4, R/2, R}.

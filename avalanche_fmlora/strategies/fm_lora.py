@@ -72,12 +72,13 @@ class FMLoRAConfig(MethodConfig):
     """Adapted blocks, from 0; null means all."""
     scale: Structural[float] = Field(1.0, gt=0)
     """Scale s of the update s·A C B."""
-    bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "first_experience"
-    """Where the shared bases come from."""
-    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t", "2/(t+1)"] = "1/t"
-    """Share α of an experience's update that is kept: 1/t in experience t, so that the longer the sequence, the less
-    one experience moves what all share and the core is the mean of all t; 2/(t+1), a mean with weights 1, 2, …, t; or
-    a number in (0, 1]. The first update, which makes the bases, is kept whole."""
+    bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "pretrained_svd"
+    """Where the shared bases come from: leading singular vectors of the pretrained weights, random ones, or a plain
+    LoRA that the first experience trains, frozen afterwards or (`slow`) training on at a small share of its rate."""
+    core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t", "2/(t+1)"] = "2/(t+1)"
+    """Share α of an experience's update that is kept: 2/(t+1) in experience t, so that the longer the sequence, the
+    less one experience moves what all share, and the core is a mean of all cores with weights 1, 2, …, t; 1/t for the
+    plain mean; or a number in (0, 1]. The first update is kept whole."""
     distillation: float = Field(1.0, ge=0)
     """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
     teacher: Literal["known", "every_step"] = "known"
@@ -110,7 +111,7 @@ class FMLoRAConfig(MethodConfig):
     """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
     over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""
     lr_bases: float = Field(1e-3, ge=0)
-    """Learning rate of the bases in the first experience."""
+    """Learning rate of bases that train: in the first experience, if `bases` is `first_experience` or `slow`."""
     slow_share: float = Field(0.01, ge=0)
     """Share of `lr_bases` that `slow` bases keep after the first experience."""
     lr_core: float = Field(2e-3, ge=0)
@@ -188,7 +189,7 @@ class FMLoRAStrategy(ContinualStrategy):
         return plugins
 
     def core_step(self) -> float:
-        """α: the whole of the first update, which made the bases; then as `core_step` says."""
+        """α: the whole of the first update; then as `core_step` says."""
         t = self._experiences_absorbed() + 1
         match self.config.core_step:
             case _ if t == 1:
