@@ -138,7 +138,8 @@ def test_each_experience_starts_with_its_own_tensors_and_no_momentum(
     make_strategy: Any, train: Any, class_benchmark: Any
 ) -> None:
     watch = Watch()
-    strategy = train(make_strategy("fm_lora", plugins=[watch], train_epochs=2, bases="first_experience"), class_benchmark)
+    options = {"bases": "first_experience", "train_epochs": 2}
+    strategy = train(make_strategy("fm_lora", plugins=[watch], **options), class_benchmark)
     assert watch.fresh == [True] * 3
     n_maps = len(strategy.model.lora.layers)
     sizes = [{name: len(ids) for name, ids in groups.items()} for groups in watch.trained]
