@@ -108,7 +108,7 @@ def test_a_line_of_tuning_says_what_is_not_the_default(write_tables: ModuleType)
     lines = write_tables.tuning("tuning/caltech100")
     for setting in (
         "`fm_lora` | defaults |",
-        "`fm_lora` | rank 16; core_step 0.5 |",
+        "`fm_lora` | rank 16; bases first_experience; core_step 0.5 |",
         "`l2p` | lr_prompt 0.03; lr_head 0.005 |",
     ):
         assert setting in lines
@@ -123,7 +123,7 @@ def test_a_change_is_shown_as_what_it_adds_to_the_defaults(
     defaults, better = (
         [c.strip() for c in line.split("|")[1:4]] for line in write_tables.changes("any").splitlines()[2:]
     )
-    assert defaults == ["**defaults**", "38.0 ± 0.5 (3)", "–"]
+    assert defaults == ["**unchanged**", "38.0 ± 0.5 (3)", "–"]
     assert better == ["better", "**43.0 ± 0.5** (3)", "**+5.0 [5.0, 5.0]** (3)"]
 
 
