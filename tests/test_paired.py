@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from made_records import make
 
 from avalanche_fmlora.cli import main
+from avalanche_fmlora.cli.common import show
 from avalanche_fmlora.results.grouping import JOINT, STATISTICS
 from avalanche_fmlora.results.paired import METRICS
 from avalanche_fmlora.results.record import write_record
@@ -199,6 +200,14 @@ def test_other_versions_and_hardware_are_told_but_no_other_protocol() -> None:
     assert "and 4 more" in version
     assert "times do not compare" in hardware
     assert len({r["protocol_id"] for r in summary_rows(records)}) == 1
+
+
+def test_a_sweep_says_that_an_order_was_drawn_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [make(order=0, domains="ab"), make(order=2, domains="ab")]
+    for record in records:
+        write_record(record, tmp_path / "records")
+    show(records, tmp_path, mend="")
+    assert "Note: glyphs: class order 2 is class order 0 again" in capsys.readouterr().err
 
 
 def test_the_command_prints_differences_and_remarks(tmp_path: Path) -> None:

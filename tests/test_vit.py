@@ -79,7 +79,7 @@ def _network(
     head = IncrementalHead(feature_dim(vit, pooling), cosine=cosine)
     layers = adapt_linears(vit, targets, None, 2, 0.5)
     meta_prompt = MetaPrompt(prompt, vit.embed_dim, std=1.0) if prompt else None
-    network = ContinualNetwork(vit, head, FactorizedLoRA(layers), meta_prompt).double()
+    network = ContinualNetwork(vit, head, FactorizedLoRA(layers, "first_experience"), meta_prompt).double()
     network.pooling = pooling
     for layer in layers.values():
         for tensor in (layer.up, layer.down, layer.core):
@@ -225,7 +225,7 @@ def test_targets_and_blocks(
     layers = adapt_linears(vit, targets, blocks, 2, 1.0)
     paths = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     assert set(layers) == {f"blocks.{i}.{paths[t]}" for i in (blocks or range(3)) for t in targets}
-    FactorizedLoRA(layers)
+    FactorizedLoRA(layers, "first_experience")
     torch.testing.assert_close(forward_features(vit, x), reference, **EXACT)
     for name, layer in layers.items():
         assert torch.equal(layer.weight, before[f"{name}.weight"])

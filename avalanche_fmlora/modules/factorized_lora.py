@@ -132,7 +132,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
 
     first_complexity: Tensor
 
-    def __init__(self, layers: dict[str, FactorizedLinear], bases: Bases = "first_experience", seed: int = 0) -> None:
+    def __init__(self, layers: dict[str, FactorizedLinear], bases: Bases, seed: int = 0) -> None:
         super().__init__(layers)
         if bases not in get_args(Bases):
             raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")

@@ -114,12 +114,13 @@ def runs_of(records: Iterable[Record]) -> list[Run]:
 
 
 def groups_of(records: Iterable[Record]) -> list[list[Run]]:
-    """Runs that may be averaged, together; failed ones too. Of runs that repeat an order with its seed, one counts."""
-    runs = runs_of(records)
-    groups: dict[tuple[str, ...], dict[Pair, Run]] = {run.key: {} for run in runs}
-    for run in sorted(runs, key=lambda run: (not run.finished, run.repeats)):
-        groups[run.key].setdefault(run.pair, run)
-    return [[run for run in runs if groups[key].get(run.pair) is run] for key in groups]
+    """Runs that may be averaged, together; failed ones too. Of several of one order and seed a finished one counts."""
+    groups: dict[tuple[str, ...], dict[Pair, Run]] = {}
+    for run in runs_of(records):
+        group = groups.setdefault(run.key, {})
+        if run.pair not in group or (run.finished and not group[run.pair].finished):
+            group[run.pair] = run
+    return [list(group.values()) for group in groups.values()]
 
 
 def protocols_of(records: Iterable[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -158,22 +159,21 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def _first_numbers(records: Sequence[Record], protocols: Sequence[str]) -> list[int | None]:
-    """Of each record the lowest number of a class order that, in its protocol, gives the same experiences."""
+    """Of each record the lowest number of a class order that, in its protocol, gives the same experiences.
 
-    def drawn(record: Record, protocol: str) -> str | None:
-        data = record["benchmark"]
-        known = data["class_order"] and data["experience_names"]
-        return _canonical([protocol, data["class_order"], data["experience_names"]]) if known else None
-
-    lowest: dict[str, int | None] = {}
+    A run that failed before its data were there knows no order and keeps its own number.
+    """
+    drawn = []
     for record, protocol in zip(records, protocols, strict=True):
-        order, name = record["config"]["class_order_seed"], drawn(record, protocol)
-        if name is not None:
-            lowest[name] = min(lowest.get(name, order), order, key=lambda o: -1 if o is None else o)
-    return [
-        lowest.get(drawn(record, protocol) or "", record["config"]["class_order_seed"])
-        for record, protocol in zip(records, protocols, strict=True)
-    ]
+        data, number = record["benchmark"], record["config"]["class_order_seed"]
+        known = data["class_order"] and data["experience_names"]
+        drawn.append(
+            (_canonical([protocol, data["class_order"], data["experience_names"]] if known else number), number)
+        )
+    numbers: dict[str, list[int | None]] = {}
+    for name, number in drawn:
+        numbers.setdefault(name, []).append(number)
+    return [min(numbers[name], key=lambda o: -1 if o is None else o) for name, _ in drawn]
 
 
 def _family(record: Record) -> tuple[str, str, str | None]:

@@ -44,8 +44,8 @@ def repeated_orders(records: Iterable[Record]) -> list[str]:
         if run.repeats
     }
     return [
-        f"{benchmark}: class order {number} is class order {first} again, so its runs say nothing new and count in no "
-        "mean. Few domains have few orders: give `--class-orders` another number in its place."
+        f"{benchmark}: class order {number} is class order {first} again, so runs of both count once. Few domains have "
+        "few orders: give `--class-orders` another number in its place."
         for benchmark, number, first in twins
     ]
 

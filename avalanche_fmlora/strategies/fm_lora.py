@@ -73,8 +73,9 @@ class FMLoRAConfig(MethodConfig):
     scale: Structural[float] = Field(1.0, gt=0)
     """Scale s of the update s·A C B."""
     bases: Structural[Literal["first_experience", "pretrained_svd", "random_orthonormal", "slow"]] = "pretrained_svd"
-    """Where the shared bases come from: leading singular vectors of the pretrained weights, random ones, or a plain
-    LoRA that the first experience trains, frozen afterwards or (`slow`) training on at a small share of its rate."""
+    """Where the shared bases come from: leading singular vectors of the pretrained weights (an SVD of each adapted map
+    when the strategy is built), random ones, or a plain LoRA that the first experience trains, frozen afterwards or
+    (`slow`) training on at a small share of its rate."""
     core_step: Annotated[float, Field(gt=0, le=1)] | Literal["1/t", "2/(t+1)"] = "2/(t+1)"
     """Share α of an experience's update that is kept: 2/(t+1) in experience t, so that the longer the sequence, the
     less one experience moves what all share, and the core is a mean of all cores with weights 1, 2, …, t; 1/t for the
@@ -192,14 +193,12 @@ class FMLoRAStrategy(ContinualStrategy):
         """α: the whole of the first update; then as `core_step` says."""
         t = self._experiences_absorbed() + 1
         match self.config.core_step:
-            case _ if t == 1:
-                return 1.0
             case "1/t":
                 return 1 / t
             case "2/(t+1)":
                 return 2 / (t + 1)
             case share:
-                return float(share)
+                return share if t > 1 else 1.0
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """As the frame's; `slow` bases keep a share of their rate after the first experience."""
