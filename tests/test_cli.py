@@ -123,6 +123,8 @@ def test_interrupt_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
         "10000",  # longer than any machine takes to finish the other run
     ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    # A suite started in the background of a script ignores SIGINT, and its children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*arguments, "--path", str(photos), "--jobs", "2"],
         cwd=tmp_path,
