@@ -27,7 +27,7 @@ from avalanche_fmlora.strategies.registry import method
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
 READMES = (BENCHMARKS / "README.md", BENCHMARKS.parent / "README.md")
-MARKED = re.compile(r"(<!-- table: (\w+) ?(\S*) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (\w+) ?(\S*) -->\n)(?:(?!<!-- table: ).)*?(<!-- end of table -->)", re.DOTALL)
 FAA = "final_average_accuracy"
 LABELS = {
     ("ncm", "ncm, FM-LoRA's head"): " with FM-LoRA's classifier",
@@ -189,7 +189,7 @@ KINDS: dict[str, Callable[[str], str]] = {
 
 def filled(text: str) -> str:
     """A text with each marked table as the records give it."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3])}\n{found[4]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3])}\n\n{found[4]}", text)
 
 
 def main() -> None:

@@ -91,6 +91,15 @@ def test_the_tables_of_both_readmes_are_current(write_tables: ModuleType) -> Non
         assert write_tables.filled(path.read_text()) == path.read_text(), "python benchmarks/write_tables.py"
 
 
+def test_a_new_marker_without_a_table_takes_nothing_but_its_own_place(write_tables: ModuleType) -> None:
+    table = write_tables.filled("<!-- table: tuning tuning/domain_glyphs -->\n\nold\n\n<!-- end of table -->")
+    assert "`ncm`" in table
+    empty = "<!-- table: machine_time -->\n<!-- end of table -->\n\nwords\n\n"
+    assert write_tables.filled(empty + table).endswith(f"\n\nwords\n\n{table}")
+    torn = "<!-- table: machine_time -->\n\nwords\n\n"  # its end is missing
+    assert write_tables.filled(torn + table) == torn + table
+
+
 def test_each_folder_of_records_has_its_table(write_tables: ModuleType) -> None:
     marked = {(kind, folder) for _, kind, folder, _ in write_tables.MARKED.findall(TEXT)}
     assert {kind for kind, _ in marked} >= {"machine_time", "prediction_rules"}
