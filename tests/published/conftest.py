@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from miniature_trees import miniature
 
 from avalanche_fmlora import domainnet
-
-_SPEC = importlib.util.spec_from_file_location(
-    "miniature", Path(__file__).resolve().parents[2] / "benchmarks" / "miniature.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-miniature: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(miniature)
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import shutil
 from collections.abc import Callable
@@ -11,20 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from miniature_trees import miniature
 from torchvision.transforms import v2
 
 from avalanche_fmlora import domainnet, domainnet_cil, split_cifar100, split_cub200, split_imagenet_r
 from avalanche_fmlora.data import published
 from avalanche_fmlora.data.domainnet import DOMAINS, remotes
 from avalanche_fmlora.data.loading import LoaderItems, finish_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "miniature", Path(__file__).resolve().parents[1] / "benchmarks" / "miniature.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-miniature: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(miniature)
 
 BUILDERS = {
     split_cifar100: "cifar-100-python",
