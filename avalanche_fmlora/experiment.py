@@ -209,6 +209,7 @@ class _Loop:
             (p.history for p in self.strategy.plugins if hasattr(p, "history") and p.history), []
         )
         chosen = history[-1] if history else {}
+        trainable = self.strategy.resources[-1]["trainable_parameters"]
         return {
             "experience": t,
             "name": self.benchmark.info.experience_names[t] if not self.strategy.joint else "all",
@@ -216,7 +217,8 @@ class _Loop:
             "ranks_per_layer": chosen.get("ranks_per_layer"),
             "complexity": chosen.get("complexity"),
             "similarity": chosen.get("similarity"),
-            "trainable_parameters": self.strategy.resources[-1]["trainable_parameters"],
+            "trainable_parameters": trainable,
+            "trained_parameters": trainable - chosen.get("masked_parameters", 0),
             "stored_parameters": model.stored_parameters(),
             "stored_statistics": model.stored_statistics(),
             "head_parameters": model.head.stored_parameters(),

@@ -18,6 +18,7 @@ import machine_time
 import prediction_rules
 
 from avalanche_fmlora import FM_LORA_CLASSIFIER
+from avalanche_fmlora.results.figures.tradeoffs import trained_an_experience
 from avalanche_fmlora.results.grouping import BEFORE, flat, natural
 from avalanche_fmlora.results.record import Record, read_records
 from avalanche_fmlora.results.render import Cell, Table, difference, draw, number, per_cent
@@ -81,7 +82,9 @@ def changes(folder: str) -> str:
     records = records_of(folder)
     paired_with = {row["label"]: row for row in paired_rows(records, "fm_lora") if row["metric"] == FAA}
     ranks: dict[str | None, list[int]] = {}
+    trained: dict[str | None, list[float]] = {}
     for record in records:
+        trained.setdefault(record["config"]["label"], []).append(trained_an_experience(record))
         later = [e["rank"] for e in record["experiences"][1:] if e["rank"] is not None]
         ranks.setdefault(record["config"]["label"], []).extend(later)
     header = ["label", "FAA", "Δ FAA", "forgetting", "learning accuracy", "mean rank", "trained a task", "stored"]
@@ -92,7 +95,7 @@ def changes(folder: str) -> str:
         cells.append(difference(_turned(paired_with[label])) if label in paired_with else Cell("–"))
         cells += [per_cent(row, "forgetting"), per_cent(row, "learning_accuracy")]
         cells.append(Cell(number(fmean(ranks[label]) if ranks[label] else None, 1)))
-        cells += [Cell(number(row[f"{kind}_parameters_mean"])) for kind in ("trainable", "stored")]
+        cells += [Cell(number(round(fmean(trained[label])))), Cell(number(row["stored_parameters_mean"]))]
         rows.append(cells)
     return draw(Table(header, rows, [None] * len(rows)), "markdown").strip()
 

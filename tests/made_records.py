@@ -59,6 +59,7 @@ def make(
             "complexity": 0.5,
             "similarity": None if t == 0 else 0.25,
             "trainable_parameters": 10 + t,
+            "trained_parameters": 10 + t,
             "stored_parameters": 1000 + t,
             "stored_statistics": statistics,
             "head_parameters": 20 * (t + 1),

@@ -321,6 +321,8 @@ def test_the_chosen_rank_is_the_rank_of_the_update(make_strategy: Any, train: An
     for t in (1, 2):
         rank = torch.linalg.matrix_rank(cores[t] - cores[t - 1], rtol=1e-4)
         assert (rank <= history[t]["rank"]).all()
+        columns = [4 - r for r in history[t]["ranks_per_layer"] for _ in ("M of q", "M of v", "N of q", "N of v")]
+        assert history[t]["masked_parameters"] == 4 * sum(columns)
         assert 0 <= history[t]["complexity"] <= 1
         assert 0 <= history[t]["similarity"] <= 1
         relative = min(1.0, history[t]["complexity"] / history[0]["complexity"])

@@ -18,6 +18,7 @@ from avalanche_fmlora.results.figures import (
     KINDS,
     accuracy_against_cost,
     accuracy_against_parameters,
+    accuracy_against_trained_parameters,
     accuracy_matrix,
     accuracy_over_experiences,
     as_bytes,
@@ -28,6 +29,7 @@ from avalanche_fmlora.results.figures import (
     save,
 )
 from avalanche_fmlora.results.figures.style import SCREEN_DPI, WIDTH_IN, series_of
+from avalanche_fmlora.results.figures.tradeoffs import trained_an_experience
 from avalanche_fmlora.results.grouping import runs_of
 from avalanche_fmlora.results.record import Record, write_record
 
@@ -122,9 +124,18 @@ def test_ranks_against_what_they_were_chosen_by() -> None:
         rank([other])
 
 
-@pytest.mark.parametrize(("figure", "x"), [(accuracy_against_parameters, 1001.0), (accuracy_against_cost, 2.0)])
+@pytest.mark.parametrize(
+    ("figure", "x"),
+    [
+        (accuracy_against_parameters, 1001.0),
+        (accuracy_against_trained_parameters, 9.5),
+        (accuracy_against_cost, 2.0),
+    ],
+)
 def test_accuracy_against_costs(figure: Any, x: float) -> None:
     records = [make(0.5, order=o) for o in (0, 1)] + [make(0.75, method="joint", joint=True)]
+    for made in records:
+        made["experiences"][-1]["trained_parameters"] = 9
     zero = make(0.25, method="ncm")
     zero["experiences"][-1]["stored_parameters"] = 0
     axes = figure([*records, zero]).axes[0]
@@ -132,6 +143,13 @@ def test_accuracy_against_costs(figure: Any, x: float) -> None:
     assert (x, 0.375) in points
     assert sorted(texts(axes)) == ["fmlora", "joint", "ncm"]
     assert axes.get_xscale() == ("symlog" if x > 100 else "log"), "zero has its place"
+
+
+def test_trained_parameters_of_old_records_are_all_trainable_ones() -> None:
+    old = make(0.5)
+    for row in old["experiences"]:
+        row["trained_parameters"] = None
+    assert trained_an_experience(old) == 10.5
 
 
 def test_names_at_the_side_do_not_overlap() -> None:
@@ -235,7 +253,7 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
     assert plot("--kind", "matrix", "--methods", 'fm_lora, "ncm, whitened rows"').exit_code == 0
     for arguments, message in (
-        (["--kind", "all", "--to", "all.png"], "Expected a folder for 6 figures"),
+        (["--kind", "all", "--to", "all.png"], f"Expected a folder for {len(KINDS)} figures"),
         (["--to", "a.png", "--format", "svg"], "to end in .svg"),
         (["--methods", "l2p"], "to be among ['fm_lora', 'joint', 'ncm', 'ncm, whitened rows'] but got ['l2p']"),
         (["--kind", "matrix", "--methods", "joint"], "joint training is only at the end"),

@@ -148,7 +148,10 @@ def test_the_rank_of_an_update_is_bounded_and_the_step_is_its_share(
     mask = (torch.arange(RANK) < rank).double()
     _learn(network, [2, 3], mask[None])
     factors = [(layer.left.detach().clone(), layer.right.detach().clone()) for layer in network.lora.layers]
+    left_out = sum(2 * len(layer.slices) * RANK * (RANK - rank) for layer in network.lora.layers)
+    assert network.lora.masked_parameters() == left_out
     _close(network, step)
+    assert network.lora.masked_parameters() == 0
     for i, layer in enumerate(network.lora.layers):
         left, right = factors[i]
         twin = step * torch.stack([m @ torch.diag(mask) @ n.T for m, n in zip(left, right, strict=True)])

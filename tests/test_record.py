@@ -76,6 +76,7 @@ def finished(cfg: dict[str, Any] | None = None) -> Record:
             "complexity": 0.5,
             "similarity": None if t == 0 else 0.25,
             "trainable_parameters": 100,
+            "trained_parameters": 100,
             "stored_parameters": 300,
             "stored_statistics": 0,
             "head_parameters": 20,

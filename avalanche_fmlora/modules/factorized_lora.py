@@ -188,6 +188,12 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         for i, layer in enumerate(self.layers):
             layer.mask = masks[i if len(masks) > 1 else 0]
 
+    def masked_parameters(self) -> int:
+        """Numbers of M and N that the masks leave without effect: 2·P·R·(R − rank) a map, 0 without masks."""
+        updates = [(x.left, x.mask) for x in self.layers]
+        masked = [(m.numel() // len(k), int((k == 0).sum())) for m, k in updates if m is not None and k is not None]
+        return sum(2 * column * columns for column, columns in masked)
+
     def stability(self) -> Tensor:
         """Σ over maps of ‖M diag(m) Nᵀ‖²: the squared change of the weights, since the bases are orthonormal."""
         changes = [layer.effective_core() - layer.core for layer in self.layers]

@@ -35,7 +35,7 @@ class RankSelectionPlugin(SupervisedPlugin):
 
     Attributes:
         history: one dict an experience: experience, complexity, similarity, target, rank (the mean over layers,
-            rounded, if they differ), ranks_per_layer.
+            rounded, if they differ), ranks_per_layer, masked_parameters (of the update, what ranks leave out).
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class RankSelectionPlugin(SupervisedPlugin):
         ranks = [lora.rank if m is None else int(m.sum()) for m in masks]
         self.history[-1]["rank"] = round(sum(ranks) / len(ranks))
         self.history[-1]["ranks_per_layer"] = ranks
+        self.history[-1]["masked_parameters"] = lora.masked_parameters()
 
     def _decide(self, strategy: Any) -> None:
         _, masks = strategy.model.selector.choose()

@@ -23,7 +23,7 @@ _STATISTICS = tuple(f"{metric}_{part}" for metric in METRICS for part in ("mean"
 
 RUN_COLUMNS = (*_RUN, "status", "error", "n_experiences", *METRICS, "rank", *_PARAMETERS, *_COSTS, *_TIMES)
 MATRIX_COLUMNS = (*_RUN, "trained_on", "evaluated_on", "accuracy")
-RANK_COLUMNS = (*_RUN, *_CHOSEN, *_PARAMETERS, "train_s", "eval_s")
+RANK_COLUMNS = (*_RUN, *_CHOSEN, "trained_parameters", *_PARAMETERS, "train_s", "eval_s")
 SUMMARY_COLUMNS = (
     *("benchmark", "protocol", "protocol_id", "apart", "method", "label", "n"),
     *_STATISTICS,
@@ -31,7 +31,7 @@ SUMMARY_COLUMNS = (
     *("best", "note"),
 )
 INTEGERS = {"seed", "class_order_seed", "n_experiences", "rank", "trained_on", "evaluated_on", "experience", "n"}
-INTEGERS |= {*_PARAMETERS, "peak_memory_bytes", *(f"{metric}_n" for metric in METRICS)}
+INTEGERS |= {*_PARAMETERS, "trained_parameters", "peak_memory_bytes", *(f"{metric}_n" for metric in METRICS)}
 TEXTS = {"id", "benchmark", "protocol", "protocol_id", "method", "label", "status", "error", "name", "ranks_per_layer"}
 TEXTS |= {"started_at", "finished_at", "note", "apart", "best", "reference", "metric"}
 
@@ -63,7 +63,7 @@ def ranks_rows(records: Iterable[Record]) -> list[Row]:
     for run in runs_of(records):
         for experience in run.record["experiences"] if run.finished else ():
             per_layer = experience["ranks_per_layer"]
-            row: Row = {"stored_statistics": None, **_run_columns(run), **experience}
+            row: Row = {"trained_parameters": None, "stored_statistics": None, **_run_columns(run), **experience}
             row["ranks_per_layer"] = None if per_layer is None else json.dumps(per_layer)
             rows.append({column: row[column] for column in RANK_COLUMNS})
     return rows

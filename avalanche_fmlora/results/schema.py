@@ -70,8 +70,9 @@ class Metrics(TypedDict):
 class Experience(TypedDict):
     """One experience: what was chosen and what it cost; parameters as counted after it, seconds on it.
 
-    ``stored_statistics`` are numbers kept of past data for training only, ``data_wait_s`` the part of ``train_s`` spent
-    waiting for batches; None in records from before they were counted.
+    ``trained_parameters`` are those of ``trainable_parameters`` within the chosen rank, ``stored_statistics`` numbers
+    kept of past data for training only, ``data_wait_s`` the part of ``train_s`` spent waiting for batches; None in
+    records from before they were counted.
     """
 
     experience: int
@@ -81,6 +82,7 @@ class Experience(TypedDict):
     complexity: float | None
     similarity: float | None
     trainable_parameters: int
+    trained_parameters: int | None
     stored_parameters: int
     stored_statistics: int | None
     head_parameters: int
@@ -223,6 +225,7 @@ def complete(record: dict[str, Any]) -> dict[str, Any]:
     rows = record.get("experiences")
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict):
+            row.setdefault("trained_parameters", None)
             row.setdefault("stored_statistics", None)
             row.setdefault("data_wait_s", None)
     cost = record.get("cost")

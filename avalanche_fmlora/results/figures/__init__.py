@@ -13,7 +13,11 @@ from avalanche_fmlora.results.figures.curves import accuracy_over_experiences, f
 from avalanche_fmlora.results.figures.matrices import accuracy_matrix, heat_maps
 from avalanche_fmlora.results.figures.ranks import rank
 from avalanche_fmlora.results.figures.style import as_bytes, save
-from avalanche_fmlora.results.figures.tradeoffs import accuracy_against_cost, accuracy_against_parameters
+from avalanche_fmlora.results.figures.tradeoffs import (
+    accuracy_against_cost,
+    accuracy_against_parameters,
+    accuracy_against_trained_parameters,
+)
 from avalanche_fmlora.results.grouping import protocols_of
 from avalanche_fmlora.results.schema import Record
 
@@ -26,6 +30,7 @@ KINDS: dict[str, Callable[[Iterable[Record]], Figure]] = {
     "forgetting": forgetting,
     "rank": rank,
     "params": accuracy_against_parameters,
+    "trained": accuracy_against_trained_parameters,
     "cost": accuracy_against_cost,
 }
 """Every figure by the name that ``fmlora plot --kind`` knows."""
@@ -55,6 +60,7 @@ __all__ = [
     "KINDS",
     "accuracy_against_cost",
     "accuracy_against_parameters",
+    "accuracy_against_trained_parameters",
     "accuracy_matrix",
     "accuracy_over_experiences",
     "as_bytes",

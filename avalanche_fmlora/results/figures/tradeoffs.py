@@ -1,8 +1,9 @@
-"""Accuracy against what it costs: stored parameters, training time."""
+"""Accuracy against what it costs: stored and trained parameters, training time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from avalanche_fmlora.results.figures.labels import Point, label_points
@@ -35,6 +36,21 @@ def accuracy_against_parameters(records: Iterable[Record]) -> Figure:
 
 
 @column_figure
+def accuracy_against_trained_parameters(records: Iterable[Record]) -> Figure:
+    """Final average accuracy against the parameters trained an experience within the chosen rank, the head left out.
+
+    The mean over experiences. Records from before this was counted are drawn as if the rank had left out nothing.
+
+    Args:
+        records: finished runs of one benchmark and protocol.
+
+    Raises:
+        ValueError: if there is none, or if they are of several protocols.
+    """
+    return _scatter(records, trained_an_experience, "parameters trained an experience, without the head")
+
+
+@column_figure
 def accuracy_against_cost(records: Iterable[Record]) -> Figure:
     """Final average accuracy against the seconds of training over all experiences, on the machine of the runs.
 
@@ -45,6 +61,12 @@ def accuracy_against_cost(records: Iterable[Record]) -> Figure:
         ValueError: if there is none, or if they are of several protocols.
     """
     return _scatter(records, lambda r: r["cost"]["train_s"], "training time of the whole run [s]")
+
+
+def trained_an_experience(record: Record) -> float:
+    """Parameters trained an experience within the rank, averaged over experiences; all trainable ones if not known."""
+    counts = [(e["trained_parameters"], e["trainable_parameters"]) for e in record["experiences"]]
+    return fmean(trainable if trained is None else trained for trained, trainable in counts)
 
 
 def _scatter(records: Iterable[Record], cost: Callable[[Record], float | None], label: str) -> Figure:
