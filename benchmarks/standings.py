@@ -1,0 +1,80 @@
+"""Where FM-LoRA stands on each test bed, from the records: python benchmarks/standings.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from avalanche_fmlora.results.record import read_records
+from avalanche_fmlora.results.render import Cell, Table, difference, draw, number, per_cent
+from avalanche_fmlora.results.table import paired_rows, summary_rows
+
+FAA = "final_average_accuracy"
+FORGETTING = "forgetting"
+OWN, SHARED = "its own", "FM-LoRA's"
+BEDS = (
+    ("Caltech-100", OWN, "caltech100"),
+    ("Caltech-100", SHARED, "caltech100_same_head"),
+    ("emoji", OWN, "emoji20"),
+    ("emoji", SHARED, "emoji20_same_head"),
+    ("split_glyphs", OWN, "split_glyphs"),
+    ("split_glyphs", SHARED, "split_glyphs_same_head"),
+)
+HEADER = [
+    "benchmark",
+    "head of each",
+    "FM-LoRA",
+    "best other",
+    "Δ FAA",
+    "higher FAA than",
+    "forgets less than",
+    "joint",
+    "distance closed",
+]
+
+
+def table(results: Path) -> str:
+    """A line for each test bed and head: FM-LoRA, the best other, whom it beats beyond chance, joint training.
+
+    Rows with a label (variants of a method, frozen features with FM-LoRA's head among methods with their own) don't
+    count. `distance closed` is FM-LoRA's share of the way from the best other to joint training.
+    """
+    rows = [[Cell(bed), Cell(head), *_cells(results / folder / "records")] for bed, head, folder in BEDS]
+    return draw(Table(HEADER, rows, [None] * len(rows)), "markdown").strip()
+
+
+def _cells(records: Path) -> list[Cell]:
+    runs = [record for record in read_records(records) if record["config"]["label"] is None]
+    means = {row["method"]: row for row in summary_rows(runs)}
+    pairs = {(row["method"], row["metric"]): row for row in paired_rows(runs, "fm_lora")}
+    ours, joint = means.pop("fm_lora"), means.pop("joint", None)
+    best = max(means.values(), key=lambda row: float(row[f"{FAA}_mean"]))
+    mean = per_cent(best, FAA)
+    return [
+        per_cent(ours, FAA)._replace(bold=False),
+        Cell(f"`{best['method']}` {mean.main}", mean.tail),
+        difference(pairs[best["method"], FAA]),
+        _beaten(means, lambda method: pairs[method, FAA], 1),
+        _beaten(means, lambda method: pairs[method, FORGETTING], -1),
+        Cell("–") if joint is None else per_cent(joint, FAA),
+        Cell("–") if joint is None else _closed(*(row[f"{FAA}_mean"] for row in (best, ours, joint))),
+    ]
+
+
+def _beaten(methods: Iterable[str], pair_of: Callable[[str], Mapping[str, Any]], sign: int) -> Cell:
+    """Those whose paired interval excludes zero on FM-LoRA's side, as `all 9`, `7 of 9, not …` or `none of 9`."""
+    beaten = {m: pair_of(m)["excludes_zero"] and sign * pair_of(m)["difference_mean"] > 0 for m in methods}
+    if not any(beaten.values()):
+        return Cell(f"none of {len(beaten)}")
+    others = ", ".join(f"`{method}`" for method in sorted(beaten) if not beaten[method])
+    return Cell(f"{sum(map(bool, beaten.values()))} of {len(beaten)}, not {others}" if others else f"all {len(beaten)}")
+
+
+def _closed(best: float, ours: float, joint: float) -> Cell:
+    """The share of the way from the best other to joint training; none where joint training is not above it."""
+    return Cell(f"{number(100 * (ours - best) / (joint - best))} %" if joint > best else "–")
+
+
+if __name__ == "__main__":
+    print(table(Path(__file__).parent / "results"))
