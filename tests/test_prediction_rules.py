@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from avalanche_fmlora.config import make_run
 from avalanche_fmlora.experiment import run
+from avalanche_fmlora.modules.class_rows import class_means, within_class_covariance
 
 
 @pytest.fixture
@@ -40,10 +42,21 @@ def test_a_rule_is_what_a_run_with_it_scores(
     method_options = {"rank": 4, "whitening": whitening, "whitening_covariance": covariance}
     config = make_run({**options, "method_options": method_options})
     rows = {row["rule"]: row for row in script.run(config, None)}
-    assert len(rows) == 1 + 2 * len(script.SHRINKAGES) + (covariance == "secant")
+    assert len(rows) == 3 + 2 * len(script.SHRINKAGES) + (covariance == "secant")
     metrics = run(config)["metrics"]
     for name in script.METRICS:
         assert float(rows[rule][name]) == pytest.approx(metrics[name], abs=6e-5)  # type: ignore[literal-required]
+
+
+def test_rules_that_see_all_images_are_those_of_one_experience_with_all_of_them(script: Any) -> None:
+    features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+    true, _ = class_means(features, labels, torch.arange(4))
+    all_at_once = script.prediction_rows(true[None], *[within_class_covariance(features, labels)] * 2)
+    moved = torch.eye(4, 6)
+    rows = script.all_seeing_rows(moved, features, labels)
+    torch.testing.assert_close(rows["covariance and means of all images"], all_at_once["whitened, current, λ=0.1"])
+    twin = script.prediction_rows(moved[None], *[within_class_covariance(features, labels)] * 2)
+    torch.testing.assert_close(rows["covariance of all images"], twin["whitened, current, λ=0.1"])
 
 
 def test_rows_of_the_same_run_are_replaced(script: Any, tmp_path: Path) -> None:
