@@ -48,6 +48,7 @@ def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
 
 def test_run_writes_a_record_and_is_not_run_twice(photos: Path, tmp_path: Path) -> None:
     command = ["run", "fm_lora", *SMALL, "--path", str(photos), "--rank", "4", "--prompt-length=2"]
+    command += ["--rank-selection.candidates", "[1, 2]"]
     first = fmlora(*command, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     (path,) = (tmp_path / "runs" / "records").glob("*.json")
@@ -65,6 +66,9 @@ def test_run_writes_a_record_and_is_not_run_twice(photos: Path, tmp_path: Path) 
     stored = [e["stored_parameters"] for e in record["experiences"]]
     assert stored[0] == stored[1] > 0
     assert record["experiences"][1]["complexity"] is not None
+    for row in record["experiences"]:  # M and N of q and v have 4 numbers a column, and the rank is 1 or 2 of 4
+        left_out = sum(4 * 4 * (4 - rank) for rank in row["ranks_per_layer"])
+        assert row["trainable_parameters"] - row["trained_parameters"] == left_out > 0
     assert record["benchmark"]["class_order_seed"] == 0
     assert len(record["backbone"]["sha256"]) == 64
     assert "fm_lora" in first.stdout
