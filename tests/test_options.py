@@ -45,6 +45,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "logit_scale": {"classifier": "cosine"},
     "row_transport": {"classifier": "class_mean", "transport_ridge": 0.01},
     "transport_ridge": {"classifier": "class_mean", "row_transport": True},
+    "transport_samples": {"classifier": "class_mean", "row_transport": True, "transport_ridge": 0.01},
     "whitening": {"classifier": "class_mean"},
     "whitening_covariance": {"classifier": "class_mean", "whitening": 0.1},
     "momentum": {"optimizer": "sgd"},
@@ -58,10 +59,11 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 """Options that only matter beside others."""
 
-_HEAD_ONLY = {"row_transport": "features never drift", "transport_ridge": "features never drift"}
+_HEAD_ONLY = dict.fromkeys(("row_transport", "transport_ridge", "transport_samples"), "features never drift")
 _ONE_EXPERIENCE = {
     "row_transport": "there is no past",
     "transport_ridge": "there is no past",
+    "transport_samples": "there is no past",
     "whitening_covariance": "there is no past",
     "loss_classes": "all classes are current",
 }

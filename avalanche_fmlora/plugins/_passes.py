@@ -24,6 +24,13 @@ def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[T
     yield from strategy.batches(dataset)
 
 
+def chosen_images(strategy: Any, index: Tensor) -> Tensor:
+    """Images [N, 3, H, W] of the current experience by their places [N] in the order of the passes."""
+    places, slots = index.unique(return_inverse=True)
+    images = [x for x, _ in strategy.batches(Subset(strategy.training_dataset(), places.tolist()))]
+    return torch.cat(images)[slots]
+
+
 @torch.no_grad()
 def training_features(strategy: Any, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Features [M, D] (float32) and labels [M] of the current experience under the model as it is."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_fmlora.modules import class_rows
-from avalanche_fmlora.plugins._passes import training_features
+from avalanche_fmlora.modules import adversarial, class_rows
+from avalanche_fmlora.plugins._passes import chosen_images, training_features
 
 
 class ClassMeanPlugin(SupervisedPlugin):
@@ -25,6 +25,9 @@ class ClassMeanPlugin(SupervisedPlugin):
             kept of those that recur, along with the drift of its images' features, where a map fitted on half of them
             explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
+        samples: images, besides the experience's own, that the map is fitted on: its images nearest to past class
+            means, moved toward them before it trains
+            (:func:`~avalanche_fmlora.modules.adversarial.moved_images`) and gone when it ends.
         whitening: shrinkage λ; where given, predictions between experiences are made in the space in which images
             scatter alike in all directions around their class means. Only rows are kept of it.
         covariance: what is known of that scatter. `current`: the current experience's. `secant`: also that of the past,
@@ -44,6 +47,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         train_rows: bool = True,
         transport: bool = False,
         ridge: float = 10.0,
+        samples: int = 0,
         whitening: float | None = None,
         covariance: Literal["current", "secant", "running"] = "current",
         recurring: Literal["trained", "mean", "per_experience"] = "trained",
@@ -52,11 +56,13 @@ class ClassMeanPlugin(SupervisedPlugin):
         self.train_rows = train_rows
         self.transport = transport
         self.ridge = ridge
+        self.samples = samples
         self.whitening = whitening
         self.covariance = covariance
         self.recurring = recurring
         self.gains: list[float] = []
         self._before: Tensor | None = None
+        self._moved: list[Tensor] = []
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """One pass: features before the experience; they set the first rows of its classes."""
@@ -68,7 +74,10 @@ class ClassMeanPlugin(SupervisedPlugin):
             return
         features, labels = strategy.features_at_start()
         past = len(head.means) > 0 or bool(self._absent(head, labels).any())
-        self._before = features if self.transport and past else None
+        self._before = F.normalize(features, dim=-1) if self.transport and past else None
+        self._moved = []
+        if self._before is not None and self.samples and strategy.model.trainable_parameters():
+            self._move_images(strategy, self._before)
         self._write(head, features, labels, labels.unique())
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -76,8 +85,9 @@ class ClassMeanPlugin(SupervisedPlugin):
         head = strategy.model.head
         features, labels = training_features(strategy)
         if self._before is not None:
-            self._move(head, labels, F.normalize(self._before, dim=-1), F.normalize(features, dim=-1))
-        self._before = None
+            after = torch.cat([features, *self._features(strategy, self._moved)])
+            self._move(head, labels, self._before, F.normalize(after, dim=-1))
+        self._before, self._moved = None, []
         pairs = self._pairs(head)
         classes = labels.unique()
         means, counts = class_rows.class_means(features, labels, classes)
@@ -92,6 +102,29 @@ class ClassMeanPlugin(SupervisedPlugin):
         head.counts += torch.bincount(labels, minlength=head.n_classes)
         head.occurrences[classes] += 1
         self._fold(head, features, labels, pairs)
+
+    @torch.no_grad()
+    def _features(self, strategy: Any, batches: list[Tensor]) -> list[Tensor]:
+        return [strategy.features(images).float() for images in batches]
+
+    def _move_images(self, strategy: Any, features: Tensor) -> None:
+        """The experience's images nearest to rows of the past, moved toward them; their features join `_before`."""
+        rows = self._past_rows(strategy.model.head)
+        targets, index = adversarial.nearest_pairs(rows, features, self.samples)
+        images = chosen_images(strategy, index)
+        size = strategy.eval_mb_size
+        self._moved = [
+            adversarial.moved_images(strategy.features, some, rows[t])
+            for some, t in zip(images.split(size), targets.split(size), strict=True)
+        ]
+        self._before = torch.cat([features, *(F.normalize(z, dim=-1) for z in self._features(strategy, self._moved))])
+
+    @staticmethod
+    def _past_rows(head: Any) -> Tensor:
+        """All rows that stand for images of the past, normalised, [P, D]."""
+        means = head.means if len(head.means) else head.rows[None]
+        slots = torch.arange(len(means), device=means.device)[:, None]
+        return F.normalize(means[slots < head.occurrences].detach(), dim=-1)
 
     def _pairs(self, head: Any) -> tuple[Tensor, Tensor] | None:
         """Class means [M, D] of the past and their ``Σ⁻¹w`` [M, D], where whitening is to go on from them."""

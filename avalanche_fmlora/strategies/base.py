@@ -164,6 +164,7 @@ class ContinualStrategy(DataLoading):
             train_rows=train_rows,
             transport=transport,
             ridge=c.transport_ridge,
+            samples=c.transport_samples,
             whitening=c.whitening,
             covariance=c.whitening_covariance,
             recurring=c.recurring_rows,
