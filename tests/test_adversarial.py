@@ -67,7 +67,7 @@ def test_the_map_is_fitted_on_the_experience_and_on_moved_images(
     images = _images(second)
     features = strategy.model.eval().features
     z = F.normalize(features(images).detach(), dim=-1)
-    index = [(r, i) for r in range(2) for i in (rows[r] @ z.T).topk(min(len(z), samples // 2)).indices.tolist()]
+    index = [(r, i) for r in range(2) for i in (rows[r] @ z.T).topk(min(len(z), samples) // 2).indices.tolist()]
     toward = rows[[r for r, _ in index]]
     moved = moved_images(features, images[[i for _, i in index]], toward)
     assert ((F.normalize(features(moved), dim=-1) - z[[i for _, i in index]]) * toward).sum(-1).min() > 0

@@ -38,7 +38,7 @@ def nearest_pairs(rows: Tensor, features: Tensor, count: int) -> tuple[Tensor, T
 
 
 def moved_images(
-    features: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, *, steps: int = 3, length: float = 0.06
+    features: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, *, steps: int = 3, length: float = 0.08
 ) -> Tensor:
     """Images after gradient steps, each of the same length, that raise the cosine of their features to given rows.
 

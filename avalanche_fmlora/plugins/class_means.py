@@ -25,9 +25,9 @@ class ClassMeanPlugin(SupervisedPlugin):
             kept of those that recur, along with the drift of its images' features, where a map fitted on half of them
             explains some of the drift of the other half.
         ridge: anchor of that map, in samples.
-        samples: images, besides the experience's own, that the map is fitted on: its images nearest to past class
-            means, moved toward them before it trains
-            (:func:`~avalanche_fmlora.modules.adversarial.moved_images`) and gone when it ends.
+        samples: images, besides the experience's own and at most as many as these, that the map is fitted on: those
+            nearest to past class means, moved toward them before it trains
+            (:func:`~avalanche_fmlora.modules.adversarial.moved_images`), and gone when it ends.
         whitening: shrinkage λ; where given, predictions between experiences are made in the space in which images
             scatter alike in all directions around their class means. Only rows are kept of it.
         covariance: what is known of that scatter. `current`: the current experience's. `secant`: also that of the past,
@@ -110,7 +110,7 @@ class ClassMeanPlugin(SupervisedPlugin):
     def _move_images(self, strategy: Any, features: Tensor) -> None:
         """The experience's images nearest to rows of the past, moved toward them; their features join `_before`."""
         rows = self._past_rows(strategy.model.head)
-        targets, index = adversarial.nearest_pairs(rows, features, self.samples)
+        targets, index = adversarial.nearest_pairs(rows, features, min(self.samples, len(features)))
         images = chosen_images(strategy, index)
         size = strategy.eval_mb_size
         self._moved = [
