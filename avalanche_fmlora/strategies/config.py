@@ -49,8 +49,8 @@ class MethodConfig(StrictModel):
     transport_ridge: float = Field(10.0, gt=0)
     """Strength, in samples, of the anchor that holds the transport at the identity."""
     transport_samples: int = Field(0, ge=0)
-    """Images of the experience, at most as many as it has, that are moved toward past rows before it trains, so that the
-    drift there can be measured on them too, and that are let go when it ends; each costs three passes with gradients."""
+    """Images of the experience, at most as many as it has, that are moved toward past rows before it trains, so that
+    the drift there is measured too, and let go when it ends. Each costs three passes with gradients."""
     whitening: float | None = Field(None, gt=0)
     """Shrinkage λ with which `class_mean` rows are whitened for prediction, by the covariance within classes; null for
     plain cosines."""
