@@ -14,20 +14,18 @@ Without methods, the CSV is printed as a table.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
+from one_run import KEY, configurations, encoded, parser, write
 from torch import Tensor
 
-from avalanche_fmlora.config import RunConfig, make_run, merged, read_all
+from avalanche_fmlora.config import RunConfig
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
 from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.modules.class_rows import (
@@ -51,14 +49,8 @@ SHOWN = {
     "covariance of all images": "*true covariance*",
     "covariance and means of all images": "*true means too*",
 }
-OPTIONS = {
-    "classifier": "class_mean",
-    "pooling": "token_and_mean",
-    "whitening": 0.3,
-    "whitening_covariance": "secant",
-}
 FEATURES = {"model": "class token", "token_and_mean": "token and mean"}
-FIELDS = ("benchmark", "class_order_seed", "method", "options", "rule", *METRICS)
+FIELDS = (*KEY, "rule", *METRICS)
 
 
 ALL_SEEING = 0.1
@@ -84,13 +76,6 @@ def all_seeing_rows(means: Tensor, features: Tensor, labels: Tensor) -> dict[str
     true[classes] = class_means(features, labels, classes)[0].to(means)
     named = {"covariance of all images": means, "covariance and means of all images": true}
     return {name: whitened_rows(rows, covariance, ALL_SEEING)[None] for name, rows in named.items()}
-
-
-@torch.no_grad()
-def encoded(strategy: Any, dataset: Any) -> tuple[Tensor, Tensor]:
-    """Normalised features [M, D] and labels [M] of a data set under the model as it is."""
-    pairs = [(F.normalize(strategy.features(x).float(), dim=-1), y) for x, y in strategy.batches(dataset.eval())]
-    return torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def run(config: RunConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
@@ -136,28 +121,14 @@ def run(config: RunConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
         yield {**known, "rule": name, **{k: f"{metrics[k]:.4f}" for k in METRICS}}
 
 
-def write(path: Path, new: list[dict[str, Any]]) -> None:
-    """Into the CSV, in the place of older rows of the same run."""
-    key = FIELDS[:4]
-    replaced = {tuple(str(row[k]) for k in key) for row in new}
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row[k] for k in key) not in replaced]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows([*old, *new])
-
-
 def table(path: Path) -> str:
     """Markdown: final average accuracy and forgetting in per cent, a row a run, a column for some of the rules."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    runs = dict.fromkeys(tuple(row[k] for k in FIELDS[:4]) for row in rows)
+    runs = dict.fromkeys(tuple(row[k] for k in KEY) for row in rows)
     lines = ["| benchmark | method | features | " + " | ".join(SHOWN.values()) + " |", "|---" * (3 + len(SHOWN)) + "|"]
     for run_ in runs:
-        of_run = {row["rule"]: row for row in rows if tuple(row[k] for k in FIELDS[:4]) == run_}
+        of_run = {row["rule"]: row for row in rows if tuple(row[k] for k in KEY) == run_}
         cells = [_cell(of_run.get(rule)) for rule in SHOWN]
         features = FEATURES[json.loads(run_[3])["pooling"]]
         lines.append(f"| {run_[0]} | {run_[2]} | {features} | " + " | ".join(cells) + " |")
@@ -170,30 +141,14 @@ def _cell(row: dict[str, str] | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", help="each with options of its own, if any: 'fm_lora core_step=1.0'")
-    parser.add_argument("--config", type=Path, action="append", default=[], help="YAML files of a benchmark")
-    parser.add_argument("--class-order-seed", type=int, default=100)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction_rules.csv"))
-    arguments = parser.parse_args()
-    if not arguments.methods:
-        print(table(arguments.out))
-        return
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", message="no QP solver found|No loggers specified")
-    shared = read_all(arguments.config)
-    for axis in ("class_order_seeds", "methods"):
-        shared.pop(axis, None)
-    for words in arguments.methods:
-        name, *options = words.split()
-        own = {**OPTIONS, **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in options)}}
-        extra = {"method": name, "method_options": own, "class_order_seed": arguments.class_order_seed}
-        rows = list(run(make_run(merged(shared, extra)), arguments.data_root))
-        write(arguments.out, rows)
+    arguments = parser(str(__doc__), "prediction_rules.csv").parse_args()
+    for words, config in configurations(arguments):
+        rows = list(run(config, arguments.data_root))
+        write(arguments.out, FIELDS, rows)
         for row in rows:
             print(f"{words:30} {row['rule']:28} FAA {row[METRICS[0]]}  forgetting {row['forgetting']}", flush=True)
+    if not arguments.methods:
+        print(table(arguments.out))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def test_rules_that_see_all_images_are_those_of_one_experience_with_all_of_them(
 def test_rows_of_the_same_run_are_replaced(script: Any, tmp_path: Path) -> None:
     row = dict.fromkeys(script.FIELDS, "0")
     path = tmp_path / "rules.csv"
-    script.write(path, [{**row, "method": "ncm", "rule": "a"}, {**row, "method": "ncm", "rule": "b"}])
-    script.write(path, [{**row, "method": "fm_lora", "rule": "a"}])
-    script.write(path, [{**row, "method": "ncm", "rule": "c"}])
+    script.write(path, script.FIELDS, [{**row, "method": "ncm", "rule": "a"}, {**row, "method": "ncm", "rule": "b"}])
+    script.write(path, script.FIELDS, [{**row, "method": "fm_lora", "rule": "a"}])
+    script.write(path, script.FIELDS, [{**row, "method": "ncm", "rule": "c"}])
     with path.open() as file:
         assert [(r["method"], r["rule"]) for r in csv.DictReader(file)] == [("fm_lora", "a"), ("ncm", "c")]

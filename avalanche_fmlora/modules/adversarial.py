@@ -52,7 +52,7 @@ def moved_images(
     Returns:
         Shape [B, 3, H, W], detached.
     """
-    size = length * images[0].numel() ** 0.5
+    size = length * images.shape[1:].numel() ** 0.5
     for _ in range(steps):
         with torch.enable_grad():
             images = images.detach().requires_grad_(True)
