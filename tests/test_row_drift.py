@@ -31,7 +31,7 @@ def test_the_error_is_that_of_moved_means_on_images_of_the_past(script: Any, pho
         "method_options": {"rank": 4, "lr_core": 0.05},
     }
     config = make_run(options)
-    first, *others = script.run(config, 1, None)
+    first, *others, last = script.run(config, 1, None)
 
     backbone = make_backbone(config, None)
     benchmark = make_benchmark(config, backbone, None)
@@ -44,23 +44,25 @@ def test_the_error_is_that_of_moved_means_on_images_of_the_past(script: Any, pho
         strategy.model.eval()
         z, y = script.encoded(strategy, old.dataset)
         means = torch.stack([F.normalize(z[y == c].mean(0), dim=0) for c in y.unique()])
-        taken.append((means, script.encoded(strategy, new.dataset)[0]))
+        taken.append((means, script.encoded(strategy, new.dataset)[0], z))
         if len(taken) == 1:
             strategy.train(new)
-    (start, before), (end, after) = taken
-    for ridge in script.RIDGES:
-        moved = F.normalize(start + start @ ridge_transport(before, after, ridge), dim=-1)
-        expected = ((moved - end) ** 2).sum() / ((start - end) ** 2).sum()
-        assert float(first[f"error_{ridge:g}"]) == pytest.approx(expected.item(), abs=2e-3)
+    (start, *befores), (end, *afters) = taken
+    for row, before, after in zip((first, last), befores, afters, strict=True):
+        for ridge in script.RIDGES:
+            moved = F.normalize(start + start @ ridge_transport(before, after, ridge), dim=-1)
+            expected = ((moved - end) ** 2).sum() / ((start - end) ** 2).sum()
+            assert float(row[f"error_{ridge:g}"]) == pytest.approx(expected.item(), abs=2e-3)
     assert (first["moved"], first["cosine"]) == (0, "")
-    assert [row["moved"] for row in others] == [int(v.share * len(before)) // 2 * 2 for v in script.VARIANTS[1:]]
+    assert [row["moved"] for row in others] == [int(v.share * len(befores[0])) // 2 * 2 for v in script.VARIANTS[1:]]
     assert all(float(row["cosine"]) > float(row["cosine_before"]) for row in others)
 
 
 def test_the_table_shows_each_row(script: Any, tmp_path: Path) -> None:
     known = dict.fromkeys(script.FIELDS, "x") | dict.fromkeys(script.ERRORS, "0.25")
-    rows = [known | {"moved": 0}, known | {"moved": 30, "cosine_before": "0.500", "cosine": "0.800"}]
+    seen = {"images": "current", "moved": 30, "cosine_before": "0.500", "cosine": "0.800"}
+    rows = [known | {"images": "past", "moved": 0}, known | seen]
     script.write(tmp_path / "drift.csv", script.FIELDS, rows)
     lines = script.table(tmp_path / "drift.csv").splitlines()[2:]
-    assert lines[0] == "| x | x | 0 | – | – | – | 25 | 25 | 25 | 25 |"
-    assert lines[1] == "| x | x | 30 | x | x | 0.500 → 0.800 | 25 | 25 | 25 | 25 |"
+    assert lines[0] == "| x | *all of the past* | 0 | – | – | – | 25 | 25 | 25 | 25 |"
+    assert lines[1] == "| x | the experience's | 30 | x | x | 0.500 → 0.800 | 25 | 25 | 25 | 25 |"
