@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end of table -->`, FOLDER below benchmarks/results.
 Kinds: `summary` and `paired` (as `fmlora table` prints them), `tuning` (one line a run: what differs from the
-defaults), `changes` (FM-LoRA with one thing changed, against it unchanged), `prediction_rules`, `machine_time`,
-`standings` and `overview`.
+defaults), `changes` (FM-LoRA with one thing changed, against it unchanged), `prediction_rules`, `row_drift`,
+`machine_time`, `standings` and `overview`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import machine_time
 import prediction_rules
+import row_drift
 import standings
 
 from avalanche_fmlora import FM_LORA_CLASSIFIER
@@ -189,6 +190,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "standings": lambda _: standings.table(RESULTS),
     "machine_time": lambda _: machine_time.table(),
     "prediction_rules": lambda _: prediction_rules.table(RESULTS / "prediction_rules.csv"),
+    "row_drift": lambda _: row_drift.table(RESULTS / "row_drift.csv"),
 }
 
 

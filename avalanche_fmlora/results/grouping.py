@@ -77,7 +77,13 @@ def benchmark_name(record: Record) -> str:
     return f"{name} (subset)" if benchmark.get("subset") else name
 
 
-BEFORE: Row = {"pooling": "model", "recurring_rows": "trained", "whitening": None, "whitening_covariance": "current"}
+BEFORE: Row = {
+    "pooling": "model",
+    "recurring_rows": "trained",
+    "transport_samples": 0,
+    "whitening": None,
+    "whitening_covariance": "current",
+}
 """Options that records of earlier versions do not name, with what all their runs had."""
 
 
