@@ -121,15 +121,8 @@ def table(path: Path) -> str:
     """Markdown: a row for each run and variant, errors in per cent."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    header = [
-        "benchmark",
-        "method",
-        "moved images",
-        "steps",
-        "length",
-        "cosine",
-        *(f"error, λ = {r:g}" for r in RIDGES),
-    ]
+    header = ["benchmark", "map fitted on images", "moved images", "steps", "length", "cosine"]
+    header += [f"error, anchor {r:g}" for r in RIDGES]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         some = row["moved"] != "0"
@@ -149,7 +142,7 @@ def main() -> None:
         rows = list(run(config, arguments.experience, arguments.data_root))
         write(arguments.out, FIELDS, rows, key=(*KEY, "experience"))
         for row in rows:
-            print(words, {k: row[k] for k in FIELDS[len(KEY) + 1 :]}, flush=True)
+            print(words, {k: row.get(k) for k in FIELDS[len(KEY) + 1 :]}, flush=True)
     if not arguments.methods:
         print(table(arguments.out))
 

@@ -58,6 +58,25 @@ def test_the_error_is_that_of_moved_means_on_images_of_the_past(script: Any, pho
     assert all(float(row["cosine"]) > float(row["cosine_before"]) for row in others)
 
 
+def test_rows_are_written_and_printed(
+    script: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"benchmark: {{name: image_folder, path: {photos}, n_experiences: 2}}\n"
+        "backbone: {name: test_vit, pretrained: false, image_size: 64}\ntraining: {epochs: 1, batch_size: 8}\n"
+    )
+    monkeypatch.setattr(script, "VARIANTS", script.VARIANTS[:2])
+    arguments = ["--config", str(config), "--image-size", "32", "--experience", "1", "--out", str(tmp_path / "a.csv")]
+    monkeypatch.setattr("sys.argv", ["row_drift.py", *arguments, "fm_lora rank=4"])
+    script.main()
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    monkeypatch.setattr("sys.argv", ["row_drift.py", "--out", str(tmp_path / "a.csv")])
+    script.main()
+    assert capsys.readouterr().out.strip() == script.table(tmp_path / "a.csv")
+    assert len(script.table(tmp_path / "a.csv").splitlines()) == 2 + 3
+
+
 def test_the_table_shows_each_row(script: Any, tmp_path: Path) -> None:
     known = dict.fromkeys(script.FIELDS, "x") | dict.fromkeys(script.ERRORS, "0.25")
     seen = {"images": "current", "moved": 30, "cosine_before": "0.500", "cosine": "0.800"}
