@@ -5,9 +5,9 @@
 A method trains up to an experience; then the means of all old classes are taken from their images before and after it,
 which no method may. In between they are moved by the ridge map of the drift, fitted on the experience's own images, or
 on these and others of them that were moved toward the old means before, or, which no method may either, on all images
-of the past: what a linear map can do at best. The error is that of the moved means over that
-of means left where they were (squares, summed over classes): 1 for no transport, 0 for a perfect one. Rows go to the
-CSV; those of the same data, method, options and experience are replaced. Without a method, it is printed as a table.
+of the past: what a linear map can do at best. The error is that of the moved means over that of means left where they
+were (squares, summed over classes): 1 for no transport, 0 for a perfect one. Rows go to the CSV; those of the same
+data, method, options and experience are replaced. Without a method, it is printed as a table.
 """
 
 from __future__ import annotations

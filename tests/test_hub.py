@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.backbones import Backbone, BackboneConfig, load_backbone, state_sha256
 
@@ -16,12 +15,6 @@ TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
 def load(**options: Any) -> Backbone:
     return load_backbone(BackboneConfig(**options))
-
-
-def tiny(image_size: int = 32, num_classes: int = 0, **options: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=image_size, num_classes=num_classes, **(TINY | options))
-    return model.eval()
 
 
 @pytest.fixture
