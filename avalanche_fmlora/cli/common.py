@@ -46,7 +46,7 @@ def running_options(command: CommandT) -> CommandT:
             "config_files",
             type=click.Path(path_type=Path),
             multiple=True,
-            help="YAML file; a further one goes before it, flags before all.",
+            help="YAML file, repeatable: a later one overrides an earlier one, flags override all.",
         ),
         click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder."),
         click.option("--data-root", type=click.Path(path_type=Path), help="Folder of relative data paths."),
