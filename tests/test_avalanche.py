@@ -19,7 +19,14 @@ from avalanche.evaluation.metrics import (
     timing_metrics,
 )
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger, TextLogger
-from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin, EWCPlugin, LwFPlugin, ReplayPlugin
+from avalanche.training.plugins import (
+    AGEMPlugin,
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    EWCPlugin,
+    LwFPlugin,
+    ReplayPlugin,
+)
 
 
 class Note(SupervisedPlugin):
@@ -73,6 +80,23 @@ def test_the_loss_is_over_current_classes_and_those_replayed(make_strategy: Any,
         expected = torch.nn.functional.cross_entropy(logits[:, columns], labels - columns[0])
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert torch.isfinite(logits).all(), "the mask is in the loss, not in the logits"
+
+
+@pytest.mark.parametrize("method", ["l2p", "dual_prompt", "coda_prompt", "inflora", "sd_lora", "seq_lora"])
+def test_lwf_copies_the_model_of_any_method(make_strategy: Any, train: Any, class_benchmark: Any, method: str) -> None:
+    lwf = LwFPlugin(alpha=5.0)
+    strategy = train(make_strategy(method, plugins=[lwf]), class_benchmark, n=2)
+    images = class_benchmark.test_stream[0].dataset.eval()[0][0][None]
+    with torch.no_grad():
+        assert torch.equal(lwf.lwf.prev_model.eval()(images), strategy.model.eval()(images))
+
+
+@pytest.mark.parametrize("method", ["fm_lora", "coda_prompt", "seq_lora"])
+def test_agem_reads_its_memory_in_every_step(make_strategy: Any, train: Any, class_benchmark: Any, method: str) -> None:
+    agem, note = AGEMPlugin(4, 4), Note()
+    train(make_strategy(method, plugins=[agem, note], train_epochs=2), class_benchmark, n=2)
+    assert len(agem.buffers) == 2
+    assert all(math.isfinite(x) for losses in note.losses for x in losses)
 
 
 def test_lwf_adds_a_term_from_the_second_experience_on(make_strategy: Any, train: Any, class_benchmark: Any) -> None:

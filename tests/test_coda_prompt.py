@@ -107,6 +107,7 @@ def begin_two(strategy: Any) -> CODAPromptPool:
             with torch.no_grad():
                 for p in pool.trained():
                     p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p)
+            strategy.model.end()
     return pool
 
 

@@ -220,11 +220,10 @@ def test_experts_are_the_same_made_in_advance_or_one_by_one() -> None:
     ahead, later = DualPromptPool(DIM, n_tasks=3, seed=5), DualPromptPool(DIM, seed=5)
     assert ahead.keys.shape == (3, DIM)
     assert later.keys.shape == (0, DIM)
-    for _ in range(4):
-        ahead.begin()
-        later.begin()
-    ahead.end()
-    later.end()
+    for pool in (ahead, later):
+        for _ in range(4):
+            pool.begin()
+            pool.end()
     assert torch.equal(ahead.keys, later.keys)
     assert torch.equal(ahead.experts[0], later.experts[0])
     assert ahead.keys.abs().max() <= 1
@@ -257,6 +256,7 @@ def test_counts_at_width_768(make_vit: Any, e_length: int, stored: int, trained:
     for task in range(10):
         strategy.model.begin(range(10 * task, 10 * task + 10))
         assert strategy.model.trainable_parameters() == trained
+        strategy.model.end()
     assert strategy.model.stored_parameters() == stored
     assert strategy.model.head.stored_parameters() == 76_900
 

@@ -66,7 +66,7 @@ def compare(
     executor: str | None,
     **flags: Any,
 ) -> None:
-    """Run several methods on the same data and write records, runs.csv, matrix.csv, ranks.csv, summary.csv and paired.csv.
+    """Run several methods on the same data and write records and runs, matrix, ranks, summary and paired as CSV.
 
     Without arguments: all methods on the embedded characters. What is finished in --out is not run again, so the same
     command goes on after an interruption. A failed run stays failed, with its error, until --retry-failed.

@@ -147,9 +147,11 @@ class AdaptedMaps(nn.Module, Generic[LinearT]):
     Attributes:
         experiences: how many experiences have been closed.
         active: whether one is open.
+        begin_keeps_features: whether :meth:`begin` changes no output.
     """
 
     experiences: Tensor
+    begin_keeps_features: ClassVar[bool] = True
 
     def __init__(self, layers: Mapping[str, LinearT]) -> None:
         super().__init__()

@@ -138,6 +138,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
             raise ValueError(f"Expected `bases` to be one of {get_args(Bases)} but got {bases!r}.")
         self.bases = bases
         self.register_buffer("first_complexity", torch.tensor(-1.0))
+        self._first = True  # whether the open experience is: asked in every step, so no word to the device
         self._generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
             layer.set_bases(bases, self._generator)
@@ -149,8 +150,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
 
     @property
     def _learns_bases_only(self) -> bool:
-        first = int(self.experiences) == 0
-        return self.bases == "sequential" or (first and self.bases in ("first_experience", "slow"))
+        return self.bases == "sequential" or (self._first and self.bases in ("first_experience", "slow"))
 
     @property
     def trains_core(self) -> bool:
@@ -161,7 +161,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         """Open an experience: bases or M, N become trainable. A second call before `absorb` does nothing."""
         if self.active:
             return
-        self.active = True
+        self.active, self._first = True, int(self.experiences) == 0
         for layer in self.layers:
             if not self._learns_bases_only:
                 layer.begin_update(self._generator)
@@ -198,10 +198,6 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         """Σ over maps of ‖M diag(m) Nᵀ‖²: the squared change of the weights, since the bases are orthonormal."""
         changes = [layer.effective_core() - layer.core for layer in self.layers]
         return torch.stack([c.square().sum() for c in changes]).sum()
-
-    def previous_update(self) -> list[Tensor]:
-        """C before the current experience, of every layer."""
-        return [layer.core.detach() for layer in self.layers]
 
     @contextmanager
     def before_update(self) -> Iterator[None]:

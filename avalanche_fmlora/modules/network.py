@@ -85,6 +85,16 @@ class ContinualNetwork(nn.Module):
         with self.lora.before_update():
             return forward_features(self.vit, images, anchor, pooling=self.pooling)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether training ever moves the features."""
+        return self.lora is not None or self.prompt is not None
+
+    @property
+    def begin_keeps_features(self) -> bool:
+        """Whether features are the same before and after :meth:`begin`, and only training moves them."""
+        return self.lora is None or self.lora.begin_keeps_features
+
     def extra_loss(self) -> Tensor | None:
         """A method's own term, of the latest forward pass; added to the loss while training."""
         return None
@@ -102,6 +112,8 @@ class ContinualNetwork(nn.Module):
         """Close the updates of the experience (the head is closed by `head.close`)."""
         if self.lora is not None:
             self.lora.absorb(core_step)
+        if self.prompt is not None:
+            self.prompt.end()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What trains now, by the names of the rates: those of the updates, then rank, prompt, head."""

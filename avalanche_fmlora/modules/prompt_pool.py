@@ -6,7 +6,7 @@ Letters: B batch, D width, L prompt length, M prompts of a pool.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +76,19 @@ class PromptPool(nn.Module):
     """Base of the prompt modules: from queries to prompts, with one task an experience.
 
     A subclass gives `forward` (queries [B, D] -> what its network puts into the ViT) and `trained`.
+
+    Attributes:
+        begin_keeps_features: whether :meth:`begin` changes no prompt of any image.
     """
 
+    begin_keeps_features: ClassVar[bool] = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of the latest queries: it hangs on a graph, which can be neither copied nor pickled."""
+        return {name: None if name.startswith("last_") else value for name, value in self.__dict__.items()}
+
     def begin(self) -> None:
-        """Open the next task."""
+        """Open the next task; while one is open, nothing."""
 
     def end(self) -> None:
         """Close the task."""
@@ -153,6 +162,16 @@ class PromptedNetwork(ContinualNetwork):
     def prompted_features(self, images: Tensor, prompts: Any) -> Tensor:
         """The second pass, [B, D], with what the pool gave."""
         return forward_features(self.vit, images, prefixes=prompts, pooling=self.pooling)
+
+    @property
+    def adapts(self) -> bool:
+        """Prompts train."""
+        return True
+
+    @property
+    def begin_keeps_features(self) -> bool:
+        """As the pool's."""
+        return self.pool.begin_keeps_features
 
     def extra_loss(self) -> Tensor | None:
         """The pool's own term."""

@@ -43,6 +43,7 @@ class MetaPrompt(nn.Module):
         prompt: P, shape [L, D].
         anchor: P before the current experience, shape [L, D].
         experience: number t of the current experience, from 1; 0 before the first.
+        active: whether an experience is open.
     """
 
     anchor: Tensor
@@ -57,13 +58,21 @@ class MetaPrompt(nn.Module):
         self.prompt = nn.Parameter(torch.randn(length, dim) * std)
         self.register_buffer("anchor", self.prompt.detach().clone())
         self.register_buffer("experience", torch.zeros((), dtype=torch.long))
+        self.active = False
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember P as P_{t−1}; it is free to move."""
+        """Remember P as P_{t−1}; it is free to move. A second call before `end` does nothing."""
+        if self.active:
+            return
+        self.active = True
         self.anchor.copy_(self.prompt)
         self.experience += 1
         self.prompt.requires_grad_(True)
+
+    def end(self) -> None:
+        """Close the experience."""
+        self.active = False
 
     @torch.no_grad()
     def slow_step(self, epsilon: float) -> None:

@@ -19,9 +19,17 @@ def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[T
     """
     dataset = strategy.training_dataset()
     if limit is not None and len(dataset) > limit:
-        index = torch.linspace(0, len(dataset) - 1, limit).long().tolist()
-        dataset = Subset(dataset, index)
+        dataset = Subset(dataset, spread(len(dataset), limit).tolist())
     yield from strategy.batches(dataset)
+
+
+def spread(size: int, limit: int) -> Tensor:
+    """At most that many places of `size`, evenly spread.
+
+    >>> spread(9, 3), spread(2, 3)
+    (tensor([0, 4, 8]), tensor([0, 1]))
+    """
+    return torch.linspace(0, size - 1, limit).long() if size > limit else torch.arange(size)
 
 
 def chosen_images(strategy: Any, index: Tensor) -> Tensor:

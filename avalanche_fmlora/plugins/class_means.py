@@ -1,4 +1,4 @@
-"""Class-mean rows: written around each experience from two passes over its own images."""
+"""Class-mean rows: written around each experience from passes over its own images."""
 
 from __future__ import annotations
 
@@ -64,21 +64,26 @@ class ClassMeanPlugin(SupervisedPlugin):
         self._before: Tensor | None = None
         self._moved: list[Tensor] = []
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """One pass: features before the experience; they set the first rows of its classes."""
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """One pass, where rows of the past are to follow: features by the model that wrote them."""
         head = strategy.model.head
-        recur = bool((head.counts[strategy.training_classes()] > 0).any())
+        classes = [c for c in strategy.training_classes() if c < head.n_classes]
+        recur = bool((head.counts[classes] > 0).any())
         if recur and (self.recurring == "per_experience" or (self.recurring == "mean" and self.train_rows)):
             head.keep_means()
-        if not self.train_rows:
+        self._before, self._moved = None, []
+        if not (self.train_rows and self.transport):
             return
-        features, labels = strategy.features_at_start()
-        past = len(head.means) > 0 or bool(self._absent(head, labels).any())
-        self._before = F.normalize(features, dim=-1) if self.transport and past else None
-        self._moved = []
-        if self._before is not None and self.samples and strategy.model.trainable_parameters():
-            self._move_images(strategy, self._before)
-        self._write(head, features, labels, labels.unique())
+        if len(head.means) or bool(self._absent(head, classes).any()):
+            self._before = F.normalize(strategy.features_at_start()[0], dim=-1)
+            if self.samples and strategy.model.adapts:
+                self._move_images(strategy, self._before)
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """First rows of the experience's classes, from features as the experience begins."""
+        if self.train_rows:
+            features, labels = strategy.features_at_start()
+            self._write(strategy.model.head, features, labels, labels.unique())
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """One pass: what the past has left is moved, rows of new classes written, rows for prediction made of them."""
@@ -161,9 +166,9 @@ class ClassMeanPlugin(SupervisedPlugin):
         return past + (current - past) * (len(labels) / float(head.counts.sum()))
 
     @staticmethod
-    def _absent(head: Any, labels: Tensor) -> Tensor:
+    def _absent(head: Any, classes: Tensor | list[int]) -> Tensor:
         absent: Tensor = head.counts > 0
-        absent[labels] = False
+        absent[classes] = False
         return absent
 
     def _move(self, head: Any, labels: Tensor, before: Tensor, after: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.feature_cache import KnownFeatures
 from avalanche_fmlora.plugins._passes import training_images
+
+_LOG = logging.getLogger(__name__)
 
 
 class CoreRegularizationPlugin(SupervisedPlugin):
@@ -38,6 +41,7 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         self.stability = stability
         self._rows: Tensor | None = None
         self._known: KnownFeatures | None = None
+        self._found: Tensor | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the rows of the past: without classes of this experience, or all if every class recurs."""
@@ -62,11 +66,24 @@ class CoreRegularizationPlugin(SupervisedPlugin):
         if self.teacher == "known":
             assert self._known is not None
             teacher, known = self._known.find(strategy.mb_x)
+            found = known.any()
+            self._found = found if self._found is None else self._found | found
         else:
             teacher, known = strategy.features_before(strategy.mb_x), None
         term = functional.row_distillation(model.last_features, teacher, self._rows, known)
         strategy.loss += self.distillation * term
 
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """A teacher that has known none of the epoch's images is sent away."""
+        if self._found is not None and not bool(self._found):
+            _LOG.warning(
+                "Distillation is off in this experience: the free teacher knows none of its images, which differ from "
+                "those of the evaluation transform (random crops, say). teacher='every_step' reads each batch itself, "
+                "one more forward pass a step; distillation=0 says that none is wanted."
+            )
+            self._rows = self._known = None
+        self._found = None
+
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The teacher is gone."""
-        self._rows = self._known = None
+        self._rows = self._known = self._found = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from avalanche.core import SupervisedPlugin
+from torch import Tensor
 
 
 class MetaPromptPlugin(SupervisedPlugin):
@@ -36,6 +38,7 @@ class MetaPromptPlugin(SupervisedPlugin):
         self.drift: list[float] = []
         self._experience = 0
         self._stepped = True
+        self._rested: Tensor | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the slow rate from the second experience on."""
@@ -45,7 +48,7 @@ class MetaPromptPlugin(SupervisedPlugin):
                 "give FMLoRAStrategy a `prompt_length` above 0, or leave the plugin out."
             )
         self._experience = int(strategy.model.prompt.experience)
-        self._stepped = self._experience == 1
+        self._stepped, self._rested = self._experience == 1, None
         if not self._stepped:
             strategy.scale_rate("prompt", self.rate_share)
 
@@ -60,8 +63,11 @@ class MetaPromptPlugin(SupervisedPlugin):
             strategy.loss += self.anchor_weight * strategy.model.prompt.drift()
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Take the step now if training ended before it; log ‖P − P_{t−1}‖."""
+        """Take the step now if training ended before it, or went back to before it; log ‖P − P_{t−1}‖."""
+        if self._rested is not None and not torch.equal(self._rested, strategy.model.prompt.prompt):
+            self._stepped = False  # early stopping has brought back the state of an earlier epoch
         self._slow_step(strategy)
+        self._rested = None
         strategy.model.prompt.prompt.requires_grad_(True)  # it lasts: plugins that weigh parameters see it
         self.drift.append(float(strategy.model.prompt.drift().detach().sqrt()))
 
@@ -70,4 +76,4 @@ class MetaPromptPlugin(SupervisedPlugin):
             return
         strategy.model.prompt.slow_step(1 / self._experience if self.epsilon is None else self.epsilon)
         strategy.model.prompt.prompt.requires_grad_(False)  # it rests; the next experience trains it again
-        self._stepped = True
+        self._stepped, self._rested = True, strategy.model.prompt.prompt.detach().clone()

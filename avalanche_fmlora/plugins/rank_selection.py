@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avalanche_fmlora.modules import class_rows, functional
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.plugins._passes import training_features, training_images
+from avalanche_fmlora.plugins._passes import spread, training_features, training_images
 
 
 class RankSelectionPlugin(SupervisedPlugin):
@@ -87,7 +87,12 @@ class RankSelectionPlugin(SupervisedPlugin):
         """Data and experience are set, the model has not grown: measure, and set the prior."""
         self.attach(strategy)
         lora = strategy.model.lora
-        features, labels = training_features(strategy, self.max_samples)
+        if strategy.config.classifier == "class_mean":  # all are encoded in any case
+            features, labels = strategy.features_at_start()
+            chosen = spread(len(features), self.max_samples)
+            features, labels = features[chosen], labels[chosen]
+        else:
+            features, labels = training_features(strategy, self.max_samples)
         complexity = float(functional.complexity(features, labels))
         similarity = self._similarity(strategy, features, labels) if int(lora.experiences) else 0.0
         if lora.first_complexity < 0:
@@ -126,6 +131,12 @@ class RankSelectionPlugin(SupervisedPlugin):
         """λ_rank · KL(π ‖ prior)."""
         if self._searching:
             strategy.loss += self.kl_weight * strategy.model.selector.kl()
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Let go of the draw's graph, so that a plugin's own backward pass before the next draw is possible."""
+        if self._searching:
+            for layer in strategy.model.lora.layers:
+                layer.mask = layer.mask.detach()
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Fix the rank if training ended early; log it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,6 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates.base import BaseTemplate
-from avalanche.training.utils import _at_task_boundary
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,6 +110,8 @@ class ContinualStrategy(DataLoading):
         self._current: Any = None
         self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
+        self._tasks: dict[int, int] = {}
+        self._warned_of_tasks = False
         self.resources: list[dict[str, int]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -204,11 +207,21 @@ class ContinualStrategy(DataLoading):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def scale_rate(self, group: str, factor: float) -> None:
-        """Multiply a group's learning rate, for the current experience only."""
-        for g in self.optimizer.param_groups:
-            if g.get("name") == group:
-                self._unscaled.append((g, g["lr"]))
-                g["lr"] = g["lr"] * factor
+        """Multiply a group's learning rate, for the current experience only.
+
+        An optimizer without a group of that name keeps its rates, and a warning says so.
+        """
+        named = [g for g in self.optimizer.param_groups if g.get("name") == group]
+        if not named:
+            _LOG.warning(
+                "The optimizer has no group named %r, whose rate was to be multiplied by %g: it trains at "
+                "its full rate. Pass a function of groups as `optimizer`, or groups that have a `name`.",
+                group,
+                factor,
+            )
+        for g in named:
+            self._unscaled.append((g, g["lr"]))
+            g["lr"] = g["lr"] * factor
 
     def has_scheduler(self) -> bool:
         """Whether the user schedules the rates: by a plugin, or by an optimizer of their own."""
@@ -222,18 +235,39 @@ class ContinualStrategy(DataLoading):
         classes = self.training_classes() if self.is_training else _classes_of(self.experience)
         if self.is_training and self.experience is not self._current:
             self._current = self.experience
+            self._check_task_label(classes)
             network.begin(classes)
         else:
             network.head.grow(classes)
         return network.to(self.device)
 
+    def _check_task_label(self, classes: list[int]) -> None:
+        """Warn once of classes that come back under another task label: a class index has one row for all tasks."""
+        labels = getattr(self.experience, "task_labels", [])
+        label = labels[0] if len(labels) == 1 else 0
+        again = [c for c in classes if self._tasks.get(c, label) != label]
+        if again and not self._warned_of_tasks:
+            self._warned_of_tasks = True
+            _LOG.warning(
+                "Classes %s of task %s were of another task before, and share one row of the head with it: right where "
+                "domains have the same classes. If they are other classes, number those of all tasks through "
+                "(class_ids_from_zero_in_each_exp=False): there are no heads of single tasks here.",
+                again[:5],
+                label,
+            )
+        self._tasks |= dict.fromkeys(classes, label)
+
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
-        """Adapt the model, then point the optimizer at what trains now."""
+        """Adapt the model, then point the optimizer at what trains now.
+
+        Each part of an online stream is an experience of its own, whether its boundaries are known or not.
+        """
         assert self.experience is not None
-        if _at_task_boundary(self.experience, before=True):
-            self._current = None
-            self.model = self.model_adaptation()
-            self.make_optimizer()
+        self._current = None
+        self.model = self.model_adaptation()
+        self.make_optimizer()
+        if not self.model.begin_keeps_features:
+            self._at_start = None
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Same optimizer, same groups, fresh state, only trainable tensors."""
@@ -283,13 +317,17 @@ class ContinualStrategy(DataLoading):
         self._scaler.update()
 
     def features_at_start(self) -> tuple[Tensor, Tensor]:
-        """Features [M, D] and labels [M] of the experience that begins, before it trains: one pass for all who ask."""
+        """Features [M, D] and labels [M] of the experience that begins, before it trains.
+
+        One pass for all who ask, and a second one where the begin of an experience itself changes features.
+        """
         if self._at_start is None:
             self._at_start = training_features(self)
         return self._at_start
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         self._at_start = None
+        self.unmerge()
         super()._before_training_exp(**kwargs)
         self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})

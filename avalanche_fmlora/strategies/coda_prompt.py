@@ -135,6 +135,8 @@ class CODAPromptPool(PromptPool):
     keys: Tensor
     attention: Tensor
     experiences: Tensor
+    active_keys: nn.Parameter | None
+    begin_keeps_features: ClassVar[bool] = False  # new components count at once
 
     def __init__(
         self,
@@ -167,12 +169,13 @@ class CODAPromptPool(PromptPool):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Open the next task: its components are drawn, orthonormal to all earlier ones.
+        """Open the next task: its components are drawn, orthonormal to all earlier ones. While one is open, nothing.
 
         Raises:
             ValueError: if all T tasks have been.
         """
-        self.end()
+        if self.active_keys is not None:
+            return
         task = int(self.experiences)
         if task >= self.n_tasks:
             raise ValueError(

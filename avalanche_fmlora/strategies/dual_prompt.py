@@ -81,6 +81,9 @@ class DualPromptPool(PromptPool):
     experts: Tensor
     keys: Tensor
     experiences: Tensor
+    active_expert: nn.Parameter | None
+    active_key: nn.Parameter | None
+    begin_keeps_features: ClassVar[bool] = False  # images of the task in training no longer choose their expert
 
     def __init__(
         self,
@@ -124,8 +127,9 @@ class DualPromptPool(PromptPool):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Open the next task: its expert starts as the one before it, its key at random."""
-        self.end()
+        """Open the next task: its expert starts as the one before it, its key at random. While one is open, nothing."""
+        if self.active_key is not None:
+            return
         task = int(self.experiences)
         self.grow(task + 1)
         if task > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader
 from avalanche_fmlora.data.device_transforms import resizes_on
 from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of
 from avalanche_fmlora.data.transforms import Finish
+
+_LOADER_ARGUMENTS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset", "collate_fn"}
 
 
 class DataLoading(SupervisedTemplate):
@@ -37,8 +40,8 @@ class DataLoading(SupervisedTemplate):
         super().make_train_dataloader(num_workers=num_workers, **kwargs)
         made: Any = self.dataloader
         if isinstance(made, DataLoader):  # its data set can't be replaced, so it is made anew
-            arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **kwargs}
-            arguments.pop("ffcv_args", None)
+            known = {name: value for name, value in kwargs.items() if name in _LOADER_ARGUMENTS}
+            arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **known}
             items = self._items(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
             self.dataloader = self._loader(items, **arguments)
 

@@ -152,6 +152,8 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
         seed: of every A_t.
     """
 
+    begin_keeps_features: ClassVar[bool] = False  # magnitudes start again, the latest update is normalised
+
     def __init__(
         self, layers: Mapping[str, SDLoRALinear], magnitudes: Magnitudes, start: float = 0.8, seed: int = 0
     ) -> None:
