@@ -14,20 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Matrix: TypeAlias = NDArray[np.floating] | Sequence[Sequence[float | None]]
 _Array: TypeAlias = NDArray[np.float64]
-
-# 97.5 % quantiles of Student's t with 1..30 degrees of freedom; `_t_quantile` has a series for more.
-_T_975 = (
-    12.706204736174694, 4.302652729749462, 3.1824463052837078, 2.7764451051977934, 2.5705818356363146,
-    2.4469118511449786, 2.364624251592784, 2.306004135204166, 2.262157162798205, 2.228138851986274,
-    2.200985160091639, 2.1788128296672284, 2.1603686564627913, 2.144786687917804, 2.131449545559776,
-    2.1199052992212546, 2.1098155778333156, 2.1009220402410382, 2.0930240544083087, 2.085963447265864,
-    2.0796138447276795, 2.0738730679040254, 2.0686576104190486, 2.0638985616280245, 2.0595385527532972,
-    2.0555294386428735, 2.0518305164802846, 2.0484071417952454, 2.045229642132703, 2.0422724563012378,
-)  # fmt: skip
-_Z_975 = 1.959963984540054
 
 
 class PairedDifference(NamedTuple):
@@ -254,22 +244,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     n, mean = len(difference), float(difference.mean())
     if n == 1:
         return PairedDifference(mean, math.nan, math.nan, 1)
-    half = _t_quantile(n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * float(difference.std(ddof=1)) / math.sqrt(n)
     return PairedDifference(mean, mean - half, mean + half, n)
-
-
-def _t_quantile(df: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table its expansion in 1/df (Abramowitz & Stegun, 26.7.5)."""
-    if df <= len(_T_975):
-        return _T_975[df - 1]
-    z = _Z_975
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / math.pow(df, k + 1) for k, term in enumerate(terms))
 
 
 def _square(R: Matrix) -> _Array:

@@ -75,7 +75,10 @@ def plan(
     threads: int = 1,
     data_root: Path | None = None,
 ) -> list[Planned]:
-    """What :func:`~avalanche_fmlora.sweep.sweep` with the same arguments would do; nothing is written or downloaded.
+    """What :func:`~avalanche_fmlora.sweep.sweep` with the same arguments would do; no record is written.
+
+    Data are read as the runs will read them: images that are not decoded yet are decoded into the cache, and pretrained
+    weights that are not there are fetched. Data sets are not downloaded.
 
     Durations are measured: each method trains for a moment on random images of the run's size, with its batches, on
     this machine. Rates and weights do not change a duration, so settings that differ in these share a measurement.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.feature_cache import FeatureCache
@@ -66,10 +66,15 @@ def check_blocks(vit: VisionTransformer, blocks: Sequence[int], option: str) -> 
         )
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"Expected `{option}` to be different blocks but got {tuple(blocks)}.")
-    other = [i for i in blocks if not hasattr(getattr(vit.blocks[i], "attn", None), "qkv")]
+    other = [i for i in blocks if not _is_plain(getattr(vit.blocks[i], "attn", None))]
     if other:
-        raise ValueError(f"Expected blocks with timm's `Attention` for `{option}` but blocks {other} have none.")
+        raise ValueError(f"Expected blocks with timm's plain `Attention` for `{option}` but blocks {other} have none.")
     return tuple(blocks)
+
+
+def _is_plain(attention: Any) -> bool:
+    """Whether what it computes is timm's attention, which prefixes are put into."""
+    return isinstance(attention, Attention) and type(attention).forward is Attention.forward
 
 
 class PromptPool(nn.Module):

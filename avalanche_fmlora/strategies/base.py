@@ -349,7 +349,16 @@ class ContinualStrategy(DataLoading):
         return merged_vit(self.model)
 
     def save(self, path: str | Path) -> Path:
-        """Write all that was added to the backbone (safetensors, no pickle); the backbone itself is not in it."""
+        """Write all that was added to the backbone (safetensors, no pickle); the backbone itself is not in it.
+
+        Raises:
+            ValueError: while low-rank updates are in training: they are no part of the model yet.
+        """
+        if self.model.lora is not None and self.model.lora.active:
+            raise ValueError(
+                "Expected a model between experiences but one is in training, or was broken off: save when `train` has "
+                "returned, or in a plugin's `after_training_exp`."
+            )
         return save_adapter(Path(path), self.model.adapter_state(), self.method, self.config.model_dump(mode="json"))
 
     def load(self, path: str | Path) -> None:
