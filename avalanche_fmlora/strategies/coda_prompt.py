@@ -163,6 +163,7 @@ class CODAPromptPool(PromptPool):
         self.register_buffer("keys", torch.zeros(len(blocks), size, dim))
         self.register_buffer("attention", torch.zeros(len(blocks), size, dim))
         self.register_buffer("experiences", torch.tensor(0))
+        self._begun = 0  # the same number: read in every step, so no word to the device
         for name in ("active_prompts", "active_keys", "active_attention"):
             self.register_parameter(name, None)
         self.last_weights: Tensor | None = None
@@ -191,6 +192,7 @@ class CODAPromptPool(PromptPool):
         self.active_keys = nn.Parameter(self.keys[:, start:stop].clone())
         self.active_attention = nn.Parameter(self.attention[:, start:stop].clone())
         self.experiences += 1
+        self._begun += 1
 
     @torch.no_grad()
     def end(self) -> None:
@@ -204,7 +206,7 @@ class CODAPromptPool(PromptPool):
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """P, K, A of the tasks so far, [blocks, components, ...]; only those of the open task have a gradient."""
-        stop = int(self.experiences) * self.share
+        stop = self._begun * self.share
         parts = []
         for name in ("prompts", "keys", "attention"):
             stored, active = getattr(self, name), getattr(self, f"active_{name}")
@@ -225,7 +227,7 @@ class CODAPromptPool(PromptPool):
 
     def extra_loss(self) -> Tensor | None:
         """μ · Σ_blocks [mean((KKᵀ−I)²) + mean((AAᵀ−I)²) + mean((PPᵀ−I)²)] over the components so far."""
-        if not self.ortho_weight or not int(self.experiences):
+        if not self.ortho_weight or not self._begun:
             return None
         prompts, keys, attention = self.components()
         loss = orthogonality(keys) + orthogonality(attention) + orthogonality(prompts.flatten(2))
@@ -243,6 +245,7 @@ class CODAPromptPool(PromptPool):
         """A task that was open when saved is open again."""
         self._load_active(state_dict, prefix, ())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._begun = int(self.experiences)
 
 
 @register
