@@ -12,14 +12,15 @@ from avalanche_fmlora.results.table import paired_rows, summary_rows
 
 FAA = "final_average_accuracy"
 FORGETTING = "forgetting"
-OWN, SHARED = "its own", "FM-LoRA's"
+OWN, SHARED, FOLLOWED = "its own", "FM-LoRA's", "FM-LoRA's, moved images"
 BEDS = (
     ("Caltech-100", OWN, "caltech100"),
     ("Caltech-100", SHARED, "caltech100_same_head"),
+    ("Caltech-100", FOLLOWED, "caltech100_moved_images"),
     ("emoji", OWN, "emoji20"),
     ("emoji", SHARED, "emoji20_same_head"),
     ("split_glyphs", OWN, "split_glyphs"),
-    ("split_glyphs", SHARED, "split_glyphs_same_head"),
+    ("split_glyphs", FOLLOWED, "split_glyphs_same_head"),
 )
 HEADER = [
     "benchmark",

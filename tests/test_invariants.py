@@ -293,7 +293,12 @@ def test_prompt_remembers_its_past_and_steps_slowly() -> None:
     prompt.slow_step(0.25)
     torch.testing.assert_close(prompt.prompt.detach(), start + 0.5)
     assert torch.equal(prompt.anchor, start)
+    prompt.begin()  # the experience is open still
+    assert torch.equal(prompt.anchor, start)
+    assert int(prompt.experience) == 1
+    prompt.end()
     prompt.begin()
     assert torch.equal(prompt.anchor, prompt.prompt)
+    assert int(prompt.experience) == 2
     with pytest.raises(ValueError, match="`length` of at least 1 but got 0"):
         MetaPrompt(0, 4)
