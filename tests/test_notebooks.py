@@ -84,7 +84,7 @@ def test_it_opens_with_what_the_reader_will_learn(notebook: Notebook) -> None:
     assert first.cell_type == "markdown"
     assert first.source.startswith("# ")
     assert "**What you will learn:**" in first.source
-    assert 'pip install "avalanche-fmlora[notebooks]"' in first.source
+    assert 'pip install ".[notebooks]"' in first.source
 
 
 def test_it_was_executed_from_top_to_bottom_without_an_error_or_a_warning(notebook: Notebook) -> None:
