@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig, fetch_backbone
 from avalanche_fmlora.data.config import BenchmarkConfig
+from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
 
@@ -89,6 +90,32 @@ def make_run(options: dict[str, Any]) -> RunConfig:
     config = validate(RunConfig, options, "the configuration")
     config.resolved_method()
     return config
+
+
+def by_id(configs: Iterable[RunConfig]) -> dict[str, RunConfig]:
+    """By what their records are named by, in which of a path only the last name counts.
+
+    Raises:
+        ValueError: if two that have one name read different files.
+    """
+    unique: dict[str, RunConfig] = {}
+    for config in configs:
+        first = unique.setdefault(run_id(config.identity()), config)
+        ours, others = _files(config), _files(first)
+        if ours != others:
+            a, b = next((a, b) for a, b in zip(ours, others, strict=True) if a != b)
+            raise ValueError(
+                f"{a} and {b} would have one record, since records keep of a path only its last name: rename one of "
+                "them, or run them into different folders."
+            )
+    return unique
+
+
+def _files(config: RunConfig) -> list[Path | None]:
+    """What the record's name tells apart by last names alone; where a whole published data set lies does not count."""
+    path = config.benchmark.path if config.benchmark.identity()["path"] is not None else None
+    paths = [path, config.benchmark.split_file, config.backbone.weights]
+    return [None if path is None else Path(path).expanduser() for path in paths]
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 Matrix: TypeAlias = NDArray[np.floating] | Sequence[Sequence[float | None]]
 _Array: TypeAlias = NDArray[np.float64]
@@ -238,6 +237,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
             f"Expected `a` and `b` to be two lists of one length, but got shapes {first.shape} and {second.shape}: "
             "keep the class orders that both methods have, in the same order."
         )
+    from scipy.special import stdtrit
+
     difference = first - second
     if not np.isfinite(difference).all():
         raise ValueError("Expected finite values in `a` and `b` but got NaN or infinity: leave these pairs out.")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from avalanche_fmlora.backbones import release_backbones
-from avalanche_fmlora.config import RunConfig, located
+from avalanche_fmlora.config import RunConfig, by_id, located
 from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
 from avalanche_fmlora.executors.local import InProcess, Processes, check_device
-from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, run_id, write_record
+from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def sweep(
         executor = make_executor(executor, Resources(jobs=jobs, threads=threads), folder)
     if isinstance(executor, InProcess | Processes):
         check_device(device)
-    unique = _by_id(configs)
+    unique = by_id(configs)
     done = {key: r for key, c in unique.items() if (r := find_record(folder, c.identity(), failed=not retry_failed))}
     todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}
     share = executor.threads(len(todo))
@@ -78,30 +78,6 @@ def sweep(
     finally:
         release_backbones()
     return [done[key] for key in unique]
-
-
-def _by_id(configs: Iterable[RunConfig]) -> dict[str, RunConfig]:
-    """By what their records are named by, in which of a path only the last name counts.
-
-    Raises:
-        ValueError: if two that have one name read different files.
-    """
-    unique: dict[str, RunConfig] = {}
-    for config in configs:
-        first = unique.setdefault(run_id(config.identity()), config)
-        ours, others = _files(config), _files(first)
-        if ours != others:
-            a, b = next((a, b) for a, b in zip(ours, others, strict=True) if a != b)
-            raise ValueError(
-                f"{a} and {b} would have one record, since records keep of a path only its last name: rename one of "
-                "them, or run them into different folders."
-            )
-    return unique
-
-
-def _files(config: RunConfig) -> list[Path | None]:
-    paths = [config.benchmark.path, config.benchmark.split_file, config.backbone.weights]
-    return [None if path is None else Path(path).expanduser() for path in paths]
 
 
 def run_and_write(

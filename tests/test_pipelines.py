@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.core import SupervisedPlugin
 
-from avalanche_fmlora.config import make_run
+from avalanche_fmlora.config import by_id, make_run
+from avalanche_fmlora.planning import plan
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.sweep import sweep
@@ -215,4 +216,11 @@ def test_two_files_of_one_name_are_not_one_run(tmp_path: Any) -> None:
     ]
     with pytest.raises(ValueError, match="would have one record"):
         sweep(runs, tmp_path / "records")
+    with pytest.raises(ValueError, match="would have one record"):
+        plan(runs, tmp_path / "records")
     assert not (tmp_path / "records").exists()
+
+
+def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Any) -> None:
+    benchmarks = [{"name": "split_cifar100", "path": tmp_path / side / "cifar"} for side in ("left", "right")]
+    assert len(by_id([make_run({"method": "ncm", "benchmark": benchmark}) for benchmark in benchmarks])) == 1
