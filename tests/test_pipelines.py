@@ -12,6 +12,7 @@ from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.core import SupervisedPlugin
 
 from avalanche_fmlora.config import by_id, make_run
+from avalanche_fmlora.modules.class_rows import class_means
 from avalanche_fmlora.planning import plan
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
@@ -61,7 +62,10 @@ def test_old_rows_follow_from_the_features_before_the_experience_begins(
     seen: dict[str, Any] = {}
 
     def look(strategy: Any) -> None:
-        seen["begun"] = training_features(strategy)[0]
+        seen["begun"], labels = training_features(strategy)
+        classes = labels.unique()
+        means = F.normalize(class_means(seen["begun"], labels, classes)[0], dim=-1)
+        torch.testing.assert_close(strategy.model.head.weights()[classes].detach(), means)  # new rows: as it begins
         seen["before"] = next(p for p in strategy.plugins if isinstance(p, ClassMeanPlugin))._before
 
     rate = {"sd_lora": "lr_lora", "fm_lora": "lr_core"}.get(method, "lr_prompt")
