@@ -19,9 +19,9 @@ from avalanche_fmlora.config import RunConfig, by_id
 from avalanche_fmlora.data.base import ImageSet, class_incremental
 from avalanche_fmlora.executors.local import check_device
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
-from avalanche_fmlora.results.record import find_record
 from avalanche_fmlora.resuming import checkpoint_folder
 from avalanche_fmlora.strategies.registry import method as method_class
+from avalanche_fmlora.sweep import known_record
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,15 @@ def plan(
         data_root: folder of relative data paths.
 
     Raises:
-        ValueError: if this machine lacks the device, or two runs of different files would have one record.
+        ValueError: if this machine lacks the device, a record is torn, edited or of other weights of the same name, or
+            two runs of different files would have one record.
     """
     check_device(device)
     torch.set_num_threads(threads)
     known: dict[str, Any] = {}
     planned = []
     for key, config in by_id(configs).items():
-        record = find_record(folder, config.identity(), failed=not retry_failed)
+        record = known_record(config, folder, data_root, failed=not retry_failed)
         if record is not None:
             done: State = "finished" if record["status"] == "finished" else "failed"
             planned.append(Planned(config, done, seconds=0.0, error=record["error"]))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import timm
 from click.testing import CliRunner
 
 from avalanche_fmlora import planning
@@ -129,3 +131,23 @@ def test_the_command_runs_nothing(photos: Path, tmp_path: Path, speeds: list[str
     assert "seq_lora on image_folder, class order 1, seed 0: new, about" in done.output
     assert "4 runs, 4 to run." in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_under_the_same_name_do_not_pass_for_a_finished_run(photos: Path, tmp_path: Path) -> None:
+    weights, out = tmp_path / "tiny.safetensors", tmp_path / "records"
+    model = timm.create_model("test_vit", img_size=32, num_classes=0)
+    safetensors.torch.save_file(model.state_dict(), weights)
+    run = configuration(photos, "ncm")
+    run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"weights": weights, "pretrained": True})})
+    (record,) = sweep([run], out)
+    assert record["status"] == "finished"
+    assert sweep([run], out) == [record]
+    assert plan([run], out)[0].state == "finished"
+
+    changed = {name: value + 1 for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(changed, weights)
+    for again in (sweep, plan):
+        with pytest.raises(ValueError, match=f"{weights} has changed .* a name of their own"):
+            again([run], out)
+    weights.unlink()
+    assert sweep([run], out) == [record]

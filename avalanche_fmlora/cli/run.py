@@ -35,8 +35,7 @@ def run(
         from avalanche_fmlora.config import located, make_run, read_all, set_option
         from avalanche_fmlora.executors import available_cores
         from avalanche_fmlora.executors.local import check_device
-        from avalanche_fmlora.results.record import find_record
-        from avalanche_fmlora.sweep import run_and_write
+        from avalanche_fmlora.sweep import known_record, run_and_write
 
         options, words = read_all(config_files), list(context.args)
         if words and not words[0].startswith("--"):
@@ -45,7 +44,7 @@ def run(
             set_option(options, SHORT.get(name, name), value)
         config = make_run(options)
         check_device(device)
-        record = find_record(out / "records", config.identity(), failed=True)
+        record = known_record(config, out / "records", data_root, failed=True)
         if record is not None and record["status"] == "finished":
             click.echo("This run is finished already; its record:", err=True)
         else:
