@@ -19,9 +19,8 @@ from avalanche_fmlora.config import RunConfig, by_id
 from avalanche_fmlora.data.base import ImageSet, class_incremental
 from avalanche_fmlora.executors.local import check_device
 from avalanche_fmlora.experiment import make_backbone, make_benchmark, make_strategy
-from avalanche_fmlora.resuming import checkpoint_folder
+from avalanche_fmlora.resuming import checkpoint_folder, known_record
 from avalanche_fmlora.strategies.registry import method as method_class
-from avalanche_fmlora.sweep import known_record
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,51 @@
-"""A run that was killed goes on from the last experience that it finished: its own checkpoints, beside the records."""
+"""What is done is not done again: finished runs are known by their records, and one that was killed goes on.
+
+It does so from the last experience that it finished: its own checkpoints lie beside the records.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from avalanche_fmlora.backbones import file_sha256
 from avalanche_fmlora.checkpoint import CheckpointFolder
-from avalanche_fmlora.results.record import run_id
+from avalanche_fmlora.config import RunConfig, find_data
+from avalanche_fmlora.results.record import Record, find_record, run_id
 
 logger = logging.getLogger(__name__)
+
+
+def known_record(
+    config: RunConfig, folder: Path, data_root: Path | None = None, *, failed: bool = False
+) -> Record | None:
+    """The record of a run that is finished; with `failed`, of one that broke down, too.
+
+    Raises:
+        ValueError: if the record is torn, edited, or of other weights than those that the file of that name holds now.
+    """
+    record = find_record(folder, config.identity(), failed=failed)
+    weights = config.backbone.weights
+    if record is None or weights is None or (then := record["backbone"]["sha256"]) is None:
+        return record
+    try:
+        path = find_data(weights, data_root)
+    except FileNotFoundError:
+        return record  # made elsewhere, and read where the weights are not
+    if (now := _sha256(path, path.stat().st_mtime_ns)) != then:
+        raise ValueError(
+            f"{path} has changed (sha256 {now[:8]}) since {record['id']} in {folder} was run with it ({then[:8]}): "
+            "give the new weights a name of their own, or run into another folder."
+        )
+    return record
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: Path, stamp: int) -> str:
+    return file_sha256(path)
 
 
 class Loop(Protocol):

@@ -8,11 +8,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from avalanche_fmlora.backbones import file_sha256, release_backbones
-from avalanche_fmlora.config import RunConfig, by_id, find_data, located
+from avalanche_fmlora.backbones import release_backbones
+from avalanche_fmlora.config import RunConfig, by_id, located
 from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
 from avalanche_fmlora.executors.local import InProcess, Processes, check_device
 from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
+from avalanche_fmlora.resuming import known_record
 
 logger = logging.getLogger(__name__)
 
@@ -80,35 +81,6 @@ def sweep(
     finally:
         release_backbones()
     return [done[key] for key in unique]
-
-
-def known_record(
-    config: RunConfig, folder: Path, data_root: Path | None = None, *, failed: bool = False
-) -> Record | None:
-    """The record of a run that is finished; with `failed`, of one that broke down, too.
-
-    Raises:
-        ValueError: if the record is torn, edited, or of other weights than those that the file of that name holds now.
-    """
-    record = find_record(folder, config.identity(), failed=failed)
-    weights = config.backbone.weights
-    if record is None or weights is None or (then := record["backbone"]["sha256"]) is None:
-        return record
-    try:
-        path = find_data(weights, data_root)
-    except FileNotFoundError:
-        return record  # made elsewhere, and read where the weights are not
-    if (now := _sha256(path, path.stat().st_mtime_ns)) != then:
-        raise ValueError(
-            f"{path} has changed (sha256 {now[:8]}) since {record['id']} in {folder} was run with it ({then[:8]}): "
-            "give the new weights a name of their own, or run into another folder."
-        )
-    return record
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(path: Path, stamp: int) -> str:
-    return file_sha256(path)
 
 
 def run_and_write(

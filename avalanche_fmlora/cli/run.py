@@ -35,7 +35,8 @@ def run(
         from avalanche_fmlora.config import located, make_run, read_all, set_option
         from avalanche_fmlora.executors import available_cores
         from avalanche_fmlora.executors.local import check_device
-        from avalanche_fmlora.sweep import known_record, run_and_write
+        from avalanche_fmlora.resuming import known_record
+        from avalanche_fmlora.sweep import run_and_write
 
         options, words = read_all(config_files), list(context.args)
         if words and not words[0].startswith("--"):
