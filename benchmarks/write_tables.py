@@ -151,6 +151,8 @@ def setting(record: Record) -> str:
     training = config["training"]
     parts += [f"batches of {training['batch_size']}"] if training["batch_size"] != USUAL["batch_size"] else []
     parts += [f"{training['epochs']} epochs"] if training["epochs"] != USUAL["epochs"] else []
+    augment = config["benchmark"].get("augment", "none")
+    parts += [f"training images by `{augment}`"] if augment != "none" else []
     order = record["seeds"]["class_order_seed"]
     parts += [f"order {order}"] if order != 100 else []
     return "; ".join(parts) or "defaults"
