@@ -27,6 +27,7 @@ from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
 from avalanche_fmlora.strategies.loading import DataLoading
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
+from avalanche_fmlora.strategies.task_labels import TaskLabels
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
 
@@ -110,8 +111,7 @@ class ContinualStrategy(DataLoading):
         self._current: Any = None
         self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
-        self._tasks: dict[int, int] = {}
-        self._warned_of_tasks = False
+        self._task_labels = TaskLabels()
         self.resources: list[dict[str, int]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -235,27 +235,11 @@ class ContinualStrategy(DataLoading):
         classes = self.training_classes() if self.is_training else _classes_of(self.experience)
         if self.is_training and self.experience is not self._current:
             self._current = self.experience
-            self._check_task_label(classes)
+            self._task_labels.check(self.experience, classes)
             network.begin(classes)
         else:
             network.head.grow(classes)
         return network.to(self.device)
-
-    def _check_task_label(self, classes: list[int]) -> None:
-        """Warn once of classes that come back under another task label: a class index has one row for all tasks."""
-        labels = getattr(self.experience, "task_labels", [])
-        label = labels[0] if len(labels) == 1 else 0
-        again = [c for c in classes if self._tasks.get(c, label) != label]
-        if again and not self._warned_of_tasks:
-            self._warned_of_tasks = True
-            _LOG.warning(
-                "Classes %s of task %s were of another task before, and share one row of the head with it: right where "
-                "domains have the same classes. If they are other classes, number those of all tasks through "
-                "(class_ids_from_zero_in_each_exp=False): there are no heads of single tasks here.",
-                again[:5],
-                label,
-            )
-        self._tasks |= dict.fromkeys(classes, label)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Adapt the model, then point the optimizer at what trains now.
