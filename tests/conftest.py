@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.data.base import (
@@ -29,10 +28,12 @@ torch.set_num_threads(1)
 IMAGE_SIZE = 16
 
 
-def _tiny_vit(*, seed: int = 0, distilled: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def _tiny_vit(
+    *, seed: int = 0, kind: Any = VisionTransformer, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
     arguments |= {"num_classes": 0, **options}
-    vit = (VisionTransformerDistilled if distilled else VisionTransformer)(**arguments)
+    vit = kind(**arguments)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():

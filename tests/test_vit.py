@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.layers import Attention, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from avalanche_fmlora.data.glyph_vit import glyph_vit
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
+from avalanche_fmlora.modules.prefixes import prefix_attention
 from avalanche_fmlora.modules.prompts import MetaPrompt, insert_tokens, remove_tokens
 from avalanche_fmlora.modules.vit import (
     Pooling,
@@ -29,11 +31,23 @@ from avalanche_fmlora.modules.vit import (
     feature_dim,
     forward_features,
     forward_tokens,
-    prefix_attention,
 )
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 ALL_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+DINOV3: dict[str, Any] = {
+    "kind": Eva,
+    "dynamic_img_size": True,
+    "qkv_bias": False,
+    "init_values": 0.1,
+    "rope_type": "dinov3",
+    "rope_temperature": 100,
+    "rope_rotate_half": True,
+    "use_rot_pos_emb": True,
+    "use_abs_pos_emb": False,
+    "num_reg_tokens": 2,
+    "use_fc_norm": False,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "cls": {},
     "with_head": {"num_classes": 7},
@@ -54,9 +68,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "dynamic_registers": {"dynamic_img_size": True, "reg_tokens": 2, "no_embed_class": True},
     "no_position": {"pos_embed": "none"},
     "pooled_prefix": {"global_pool": "avg", "reg_tokens": 1, "pool_include_prefix": True},
-    "distilled": {"distilled": True},
-    "distilled_with_head": {"distilled": True, "num_classes": 7},
+    "distilled": {"kind": VisionTransformerDistilled},
+    "distilled_with_head": {"kind": VisionTransformerDistilled, "num_classes": 7},
     "wide": {"embed_dim": 24, "num_heads": 3, "depth": 3},
+    "eva": {"kind": Eva},
+    "dinov3": DINOV3,
+    "dinov3_token": DINOV3 | {"global_pool": "token"},
+    "dinov3_biased": DINOV3 | {"qkv_bias": True, "dynamic_img_size": False},
+    "eva02": {"kind": Eva, "use_rot_pos_emb": True, "qkv_fused": False, "swiglu_mlp": True, "ref_feat_shape": (3, 3)},
+    "rope_mixed": {"kind": Eva, "use_rot_pos_emb": True, "rope_type": "mixed", "global_pool": "token"},
+    "rope_registers": {"kind": Eva, "use_rot_pos_emb": True, "attn_type": "rope", "num_reg_tokens": 1},
+    "perception": {
+        "kind": Eva,
+        "use_rot_pos_emb": True,
+        "attn_type": "rope",
+        "global_pool": "map",
+        "use_pre_transformer_norm": True,
+        "rope_grid_indexing": "xy",
+    },
+    "shared_heads": DINOV3 | {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1, "qk_norm": True},
 }
 
 
@@ -108,7 +138,7 @@ def test_token_and_mean_are_the_two_halves_at_equal_scale(vit: Any, images: Tens
         assert torch.equal(wide, own)
         return
     tokens = vit.forward_features(x)
-    other = tokens[:, 0] if vit.global_pool == "avg" else vit.pool(tokens, "avg")
+    other = tokens[:, 0] if vit.global_pool == "avg" else vit.pool(tokens, pool_type="avg")
     if isinstance(vit, VisionTransformerDistilled):
         other = tokens[:, 2:].mean(1)
     halves = [half / half.square().mean(-1, keepdim=True).sqrt() for half in (own, vit.fc_norm(other))]
@@ -119,16 +149,26 @@ def test_prompt_tokens_stand_between_prefix_and_patches(vit: Any, images: Tensor
     """Twin: the steps of the model one by one; tokens join after positions and are taken out before pooling."""
     prompt = torch.randn(3, vit.embed_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     n = vit.num_prefix_tokens
-    x = vit._pos_embed(vit.patch_embed(images.double()))
+    tokens, outputs = forward_tokens(vit, images.double(), prompt)
+    short, plain = forward_features(vit, images.double(), prompt), forward_features(vit, images.double())
+    x, rope = _tokens_and_rope(vit, images.double())
     x = torch.stack([torch.cat([sample[:n], prompt, sample[n:]]) for sample in x])
     x = vit.norm_pre(x)
-    for block in vit.blocks:
-        x = block(x)
+    for i, block in enumerate(vit.blocks):
+        if rope is None:
+            x = block(x)
+            continue
+        block.attn.num_prefix_tokens = n + 3  # timm's own way to say which tokens have no position
+        x = block(x, rope=rope[i] if vit.rope_mixed else rope)
     x = vit.norm(x)
-    tokens, outputs = forward_tokens(vit, images.double(), prompt)
     torch.testing.assert_close(outputs, x[:, n : n + 3], **EXACT)
     torch.testing.assert_close(tokens, torch.cat([x[:, :n], x[:, n + 3 :]], 1), **EXACT)
-    assert not torch.allclose(forward_features(vit, images.double(), prompt), forward_features(vit, images.double()))
+    assert not torch.allclose(short, plain)
+
+
+def _tokens_and_rope(vit: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    embedded = vit._pos_embed(vit.patch_embed(x))
+    return embedded if isinstance(embedded, tuple) else (embedded, None)
 
 
 @pytest.mark.parametrize("prompt", [0, 3])
@@ -141,7 +181,7 @@ def test_merged_model_is_a_plain_vit_with_the_same_logits(
     x = images.double()
     expected = network(x)
     merged = merged_vit(network)
-    assert type(merged) is VisionTransformer
+    assert type(merged) is (Eva if isinstance(vit, Eva) else VisionTransformer)
     assert not [m for m in merged.modules() if type(m).__module__.startswith("avalanche_fmlora")]
     torch.testing.assert_close(merged(x), expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(merged(x)[:, 2], torch.full((5,), UNSEEN_LOGIT, dtype=torch.float64))
@@ -325,9 +365,11 @@ def test_gradient_checkpointing_changes_nothing(make_vit: Callable[..., Any], im
 
 
 def test_models_that_cannot_be_adapted_are_named(make_vit: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"timm VisionTransformer but got torch\.nn.*Linear: make one with timm"):
+    with pytest.raises(
+        ValueError, match=r"timm VisionTransformer or Eva but got torch\.nn.*Linear: make one with timm"
+    ):
         check_vit(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"VisionTransformer but got timm\.models\.resnet\.ResNet"):
+    with pytest.raises(ValueError, match=r"VisionTransformer or Eva but got timm\.models\.resnet\.ResNet"):
         check_vit(timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match=r"`global_pool` is ''.*make it with"):
         check_vit(make_vit(global_pool=""))

@@ -93,13 +93,14 @@ def _read_torch(path: Path) -> Any:
 
 def load_state(model: Any, state: dict[str, Tensor], config: BackboneConfig) -> None:
     """Load `state`, position embeddings resampled to the model's grid; ValueError unless all but a head fits."""
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.models import eva, vision_transformer
 
     assert config.weights is not None
     where = f"'{config.weights.name}' does not fit {config.name}"
     _check_patch(model, state, config, where)
     try:
-        state = checkpoint_filter_fn(state, model)
+        fitted = eva if isinstance(model, eva.Eva) else vision_transformer
+        state = fitted.checkpoint_filter_fn(state, model)
     except (RuntimeError, ValueError, KeyError, AssertionError, AttributeError, IndexError) as error:
         raise ValueError(f"{where}: {first_line(error)}. Check the architecture.") from error
     own = model.state_dict()

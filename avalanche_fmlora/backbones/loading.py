@@ -14,6 +14,7 @@ from avalanche_fmlora.backbones.files import file_sha256, first_line, load_state
 from avalanche_fmlora.backbones.registry import EMBEDDED, SHORT_NAMES
 
 if TYPE_CHECKING:
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Backbone:
         std: of each channel, to be divided by.
     """
 
-    model: VisionTransformer
+    model: VisionTransformer | Eva
     tag: str
     sha256: str
     image_size: int
@@ -133,21 +134,23 @@ def _arguments(config: BackboneConfig) -> dict[str, Any]:
 def _create(name: str, config: BackboneConfig) -> Any:
     """A timm ViT with random weights; ValueError if it is none or the arguments don't fit it."""
     import timm
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
+    kinds = (VisionTransformer, Eva)
     try:
         model = timm.create_model(name, pretrained=False, **_arguments(config))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         plain = timm.create_model(name, pretrained=False)
-        if isinstance(plain, VisionTransformer):
+        if isinstance(plain, kinds):
             raise ValueError(
                 f"{name} can't be built with image_size={config.image_size}, model_args={config.model_args}: {error}."
             ) from error
         model = plain
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, kinds):
         raise ValueError(
-            f"Expected a timm VisionTransformer (ViT, DeiT, AugReg, DINO, DINOv2, CLIP, SigLIP) but {name} is a "
-            f"{type(model).__name__}: `timm.list_models('vit_*')` lists most of them."
+            "Expected a timm VisionTransformer (ViT, DeiT, AugReg, DINO, DINOv2, CLIP, SigLIP) or Eva (DINOv3, EVA-02) "
+            f"but {name} is a {type(model).__name__}: `timm.list_models('vit_*')` lists most of them."
         )
     return model
 

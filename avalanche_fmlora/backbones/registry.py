@@ -17,6 +17,8 @@ SHORT_NAMES = {
     "dinov2_b14_reg": "vit_base_patch14_reg4_dinov2.lvd142m",
     "dinov2_s14": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_s14_reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov3_b16": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_s16": "vit_small_patch16_dinov3.lvd1689m",
     "clip_b16": "vit_base_patch16_clip_224.openai",
 }
 """Short name -> `architecture.tag` of timm."""

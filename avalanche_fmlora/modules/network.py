@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.modules.vit import Pooling, forward_features, freeze, pooling_complement
+from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, freeze, pooling_complement, pools_prefix
 
 
 class ContinualNetwork(nn.Module):
@@ -40,7 +41,7 @@ class ContinualNetwork(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: TimmViT,
         head: IncrementalHead,
         lora: AdaptedMaps | None = None,
         prompt: MetaPrompt | None = None,
@@ -181,7 +182,7 @@ def backbone_parameter_names(vit: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def merged_vit(network: ContinualNetwork) -> VisionTransformer:
+def merged_vit(network: ContinualNetwork) -> TimmViT:
     """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
 
     It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
@@ -226,7 +227,7 @@ def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
     token[0] = 1
     mean[prefix:] = 1 / (tokens - prefix)
     if missing == "token":
-        start = 0 if vit.pool_include_prefix else prefix
+        start = 0 if pools_prefix(vit) else prefix
         own[start:] = 1 / (tokens - start)
     else:
         own[: 1 if vit.attn_pool is None else 2] = 1 if vit.attn_pool is None else 1 / 2  # two: a distilled model's
@@ -261,8 +262,12 @@ def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
         weights = vit.attn_pool[0].weight[..., 0]
         unread = weights.new_zeros(len(weights), len(prompt))
         vit.attn_pool[0] = _token_sums(torch.cat([weights[:, :prefix], unread, weights[:, prefix:]], 1))
-    vit.num_reg_tokens += len(prompt)
     vit.num_prefix_tokens += len(prompt)
+    if isinstance(vit, Eva):
+        for block in vit.blocks:  # rotary positions begin behind them
+            block.attn.num_prefix_tokens += len(prompt)
+    else:
+        vit.num_reg_tokens += len(prompt)
 
 
 def _plain_head(head: IncrementalHead) -> nn.Module:

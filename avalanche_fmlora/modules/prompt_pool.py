@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.feature_cache import FeatureCache
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.modules.vit import forward_features, forward_tokens
+from avalanche_fmlora.modules.prefixes import takes_prefix
+from avalanche_fmlora.modules.vit import TimmViT, forward_features, forward_tokens
 
 
 @torch.no_grad()
-def query_features(vit: VisionTransformer, images: Tensor) -> Tensor:
+def query_features(vit: TimmViT, images: Tensor) -> Tensor:
     """q(x) of images [B, 3, H, W]: the class token after the final norm, [B, D], no prompt, no autograd.
 
     A model without class token gives its pooled features; one that normalises after pooling (`fc_norm`) gives the
@@ -51,7 +51,7 @@ def task_generator(seed: int, task: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + task + 1) % 2**63)
 
 
-def check_blocks(vit: VisionTransformer, blocks: Sequence[int], option: str) -> tuple[int, ...]:
+def check_blocks(vit: TimmViT, blocks: Sequence[int], option: str) -> tuple[int, ...]:
     """The blocks, if the model has them all and their attention takes a prefix.
 
     Raises:
@@ -66,15 +66,13 @@ def check_blocks(vit: VisionTransformer, blocks: Sequence[int], option: str) -> 
         )
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"Expected `{option}` to be different blocks but got {tuple(blocks)}.")
-    other = [i for i in blocks if not _is_plain(getattr(vit.blocks[i], "attn", None))]
+    other = [i for i in blocks if not takes_prefix(getattr(vit.blocks[i], "attn", None), vit.embed_dim)]
     if other:
-        raise ValueError(f"Expected blocks with timm's plain `Attention` for `{option}` but blocks {other} have none.")
+        raise ValueError(
+            f"Expected blocks with timm's `Attention`, `AttentionRope` or `EvaAttention`, as wide as the model, for "
+            f"`{option}` but blocks {other} have none."
+        )
     return tuple(blocks)
-
-
-def _is_plain(attention: Any) -> bool:
-    """Whether what it computes is timm's attention, which prefixes are put into."""
-    return isinstance(attention, Attention) and type(attention).forward is Attention.forward
 
 
 class PromptPool(nn.Module):
@@ -139,9 +137,7 @@ class PromptedNetwork(ContinualNetwork):
     pool: PromptPool
     queries: FeatureCache
 
-    def __init__(
-        self, vit: VisionTransformer, head: IncrementalHead, pool: PromptPool, cache_queries: bool = True
-    ) -> None:
+    def __init__(self, vit: TimmViT, head: IncrementalHead, pool: PromptPool, cache_queries: bool = True) -> None:
         super().__init__(vit, head)
         self.pool = pool
         self.queries = FeatureCache(cache_queries)

@@ -1,40 +1,47 @@
-"""Any timm `VisionTransformer`, unmodified: prompts at the input, prefixes in attention, low-rank updates of maps."""
+"""Any timm ViT, unmodified: prompts at the input, prefixes in attention, low-rank updates of maps.
+
+timm has two classes of them: `VisionTransformer` (AugReg, DeiT, DINO, DINOv2, CLIP, SigLIP) and `Eva`, whose attention
+turns queries and keys by their patch's position (DINOv3, EVA-02, Perception Encoder, `vit_*_rope_*`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.models._manipulate import checkpoint_seq
+from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, LinearT
 from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
+from avalanche_fmlora.modules.prefixes import Prefixes, prefixed
 from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
+TimmViT: TypeAlias = VisionTransformer | Eva
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 Pooling = Literal["model", "token_and_mean"]
-Prefixes = Mapping[int, tuple[Tensor, Tensor]]
 
 _PATHS = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_OF_THREE = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}
+"""Where queries, keys and values have maps of their own."""
 
 
-def check_vit(model: Any) -> VisionTransformer:
+def check_vit(model: Any) -> TimmViT:
     """The model, if it is one that can be adapted.
 
     Raises:
-        ValueError: if it is no timm `VisionTransformer`, has no pooled features, or is adapted already.
+        ValueError: if it is no timm `VisionTransformer` or `Eva`, has no pooled features, or is adapted already.
     """
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
         raise ValueError(
-            f"Expected `model` to be a timm VisionTransformer but got {type(model).__module__}.{type(model).__name__}: "
-            "make one with timm.create_model('vit_…' or 'deit_…', num_classes=0)."
+            "Expected `model` to be a timm VisionTransformer or Eva but got "
+            f"{type(model).__module__}.{type(model).__name__}: "
+            "make one with timm.create_model('vit_…', 'deit_…' or 'eva02_…', num_classes=0)."
         )
     if model.attn_pool is None and not model.global_pool:
         raise ValueError(
@@ -55,7 +62,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def forward_tokens(
-    vit: VisionTransformer, images: Tensor, prompt: Tensor | None = None, prefixes: Prefixes | None = None
+    vit: TimmViT, images: Tensor, prompt: Tensor | None = None, prefixes: Prefixes | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One pass through patch embedding, blocks and final norm.
 
@@ -68,22 +75,47 @@ def forward_tokens(
     Returns:
         The tokens [B, N, D] without the prompt's, and the prompt's outputs [B, L, D] or None.
     """
-    with _prefixed(vit, prefixes or {}):
-        x = vit.patch_embed(images)
-        x = vit._pos_embed(x)
-        x = vit.patch_drop(x)
+    with prefixed(vit, prefixes or {}):
+        x, rotations = _embedded(vit, images)
         if prompt is not None:
             x = insert_tokens(x, prompt, vit.num_prefix_tokens)
+            rotations = _without_position(rotations, prompt.shape[-2])
         x = vit.norm_pre(x)
-        x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing and torch.is_grad_enabled() else vit.blocks(x)
+        own = rotations if getattr(vit, "rope_mixed", False) else None  # then each block has its own positions
+        for i, block in enumerate(vit.blocks):
+            x = _through(vit, block, x, rotations if own is None else own[i])
         x = vit.norm(x)
     if prompt is None:
         return x, None
     return remove_tokens(x, prompt.shape[-2], vit.num_prefix_tokens)
 
 
+def _embedded(vit: TimmViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens [B, N, D] at the input, and the rotary position of patch tokens: sine and cosine, [..., P, 2d]."""
+    x = vit.patch_embed(images)
+    if isinstance(vit, Eva):
+        tokens, rotations = vit._pos_embed(x)
+        return tokens, rotations
+    return vit.patch_drop(vit._pos_embed(x)), None
+
+
+def _without_position(rotations: Tensor | None, count: int) -> Tensor | None:
+    """Rotary positions behind those of `count` tokens that are not turned at all (sine 0, cosine 1)."""
+    if rotations is None:
+        return None
+    sine = rotations.new_zeros(*rotations.shape[:-2], count, rotations.shape[-1] // 2)
+    return torch.cat([torch.cat([sine, torch.ones_like(sine)], -1), rotations], -2)
+
+
+def _through(vit: TimmViT, block: nn.Module, x: Tensor, rotations: Tensor | None) -> Tensor:
+    given = {} if rotations is None else {"rope": rotations}
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, **given)
+    return block(x, **given)
+
+
 def forward_features(
-    vit: VisionTransformer,
+    vit: TimmViT,
     images: Tensor,
     prompt: Tensor | None = None,
     prefixes: Prefixes | None = None,
@@ -101,13 +133,20 @@ def forward_features(
     tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
     pooled = tokens
     counted = isinstance(vit.attn_pool, nn.Sequential)  # a merged model's, for which each token has its place
-    if prompt_tokens is not None and vit.pool_include_prefix and not counted:
+    if prompt_tokens is not None and pools_prefix(vit) and not counted:
         pooled = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
     features: Tensor = vit.forward_head(pooled, pre_logits=True)
     return features if pooling == "model" else with_complement(vit, features, tokens)
 
 
-def pooling_complement(vit: VisionTransformer) -> Literal["mean", "token"] | None:
+def pools_prefix(vit: TimmViT) -> bool:
+    """Whether the pooling reads class and register tokens, a prompt's among them, beside those of patches."""
+    if isinstance(vit, Eva):
+        return vit.attn_pool is not None
+    return bool(vit.pool_include_prefix)
+
+
+def pooling_complement(vit: TimmViT) -> Literal["mean", "token"] | None:
     """What a model's pooling leaves out: the mean of the patch tokens, the class token, or neither.
 
     Neither, so that the pooled features stand alone, without class token and where the pooling is no plain mean
@@ -120,7 +159,7 @@ def pooling_complement(vit: VisionTransformer) -> Literal["mean", "token"] | Non
     return "token" if vit.global_pool == "avg" and vit.cls_token is not None else None
 
 
-def with_complement(vit: VisionTransformer, features: Tensor, tokens: Tensor) -> Tensor:
+def with_complement(vit: TimmViT, features: Tensor, tokens: Tensor) -> Tensor:
     """Class token and mean of the patch tokens side by side, each at a root mean square of 1: [B, 2D].
 
     As in the linear evaluation of DINOv2 (arXiv 2304.07193), but for the scale, which lets both halves weigh the same
@@ -140,71 +179,14 @@ def with_complement(vit: VisionTransformer, features: Tensor, tokens: Tensor) ->
     return torch.cat([F.rms_norm(half.to(wide), half.shape[-1:]) for half in halves], -1)
 
 
-def feature_dim(vit: VisionTransformer, pooling: Pooling = "model") -> int:
+def feature_dim(vit: TimmViT, pooling: Pooling = "model") -> int:
     """Width of the features."""
     doubled = vit.global_pool == "avgmax_cat" or (pooling == "token_and_mean" and pooling_complement(vit) is not None)
     return int(vit.num_features) * (2 if doubled else 1)
 
 
-@contextmanager
-def _prefixed(vit: VisionTransformer, prefixes: Prefixes) -> Iterator[None]:
-    """For the length of one pass, the attention of some blocks reads further keys and values."""
-    depth = len(vit.blocks)
-    wrong = [i for i in prefixes if not 0 <= i < depth]
-    if wrong:
-        raise ValueError(
-            f"Expected prefixes for blocks 0..{depth - 1} but got {wrong}: choose other blocks or a deeper ViT."
-        )
-    attentions = [vit.blocks[i].attn for i in prefixes]
-    for attn, prefix in zip(attentions, prefixes.values(), strict=True):
-        attn.forward = partial(prefix_attention, attn, *prefix)
-    try:
-        yield
-    finally:
-        for attn in attentions:
-            del attn.forward
-
-
-def prefix_attention(attn: Any, keys: Tensor, values: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
-    """A timm `Attention` whose keys and values begin with given ones, split over the heads as its own are.
-
-    The prefix is not projected, has no position and passes no norm; queries and the residual stream stay as they are.
-
-    Args:
-        attn: the module, whose weights are used.
-        keys: shape [L, D] or [B, L, D].
-        values: as `keys`.
-        x: tokens, shape [B, N, D].
-        kwargs: what timm's block passes on: ``attn_mask`` (None here) and ``is_causal`` (False).
-
-    Returns:
-        Shape [B, N, D].
-    """
-    if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-        raise ValueError("Expected no attention mask beside a prefix: a mask has no columns for the prefix's keys.")
-    batch, tokens, _ = x.shape
-    q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    k, v = (
-        torch.cat([_split_heads(p, batch, attn.num_heads).to(own.dtype), own], 2) for p, own in ((keys, k), (values, v))
-    )
-    drop = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=attn.scale)
-    out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
-    gate = getattr(attn, "gate", None)
-    if gate is not None:
-        out = out * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out))
-
-
-def _split_heads(prefix: Tensor, batch: int, heads: int) -> Tensor:
-    if prefix.ndim == 2:
-        prefix = prefix.expand(batch, -1, -1)
-    return prefix.reshape(batch, prefix.shape[1], heads, prefix.shape[2] // heads).transpose(1, 2)
-
-
 def adapt_linears(
-    vit: VisionTransformer, targets: Sequence[Target], blocks: Sequence[int] | None, rank: int, scale: float
+    vit: TimmViT, targets: Sequence[Target], blocks: Sequence[int] | None, rank: int, scale: float
 ) -> dict[str, FactorizedLinear]:
     """Put a :class:`FactorizedLinear` of this rank and scale in the place of each chosen map of the model.
 
@@ -214,7 +196,7 @@ def adapt_linears(
 
 
 def replace_linears(
-    vit: VisionTransformer,
+    vit: TimmViT,
     targets: Sequence[Target],
     blocks: Sequence[int] | None,
     make: Callable[[nn.Linear, list[tuple[int, int]]], LinearT],
@@ -223,7 +205,7 @@ def replace_linears(
 
     Args:
         vit: changed in place: its linear maps become the `base` of the new ones, bit for bit.
-        targets: of q, k, v (parts of ``attn.qkv``), proj, fc1, fc2.
+        targets: of q, k, v (parts of ``attn.qkv``, or maps of their own), proj, fc1, fc2.
         blocks: indices; None means all.
         make: the linear map and the (start, stop) of its output rows to adapt -> the adapted map.
 
@@ -242,7 +224,8 @@ def replace_linears(
         raise ValueError(f"Expected `blocks` to be different indices in 0..{depth - 1} but got {tuple(chosen)}.")
     layers: dict[str, LinearT] = {}
     for i in chosen:
-        for path in dict.fromkeys(_PATHS[t] for t in targets):
+        apart = getattr(getattr(vit.blocks[i], "attn", None), "q_proj", None) is not None
+        for path in dict.fromkeys((_PATHS | _OF_THREE if apart else _PATHS)[t] for t in targets):
             parent_name, _, leaf = f"blocks.{i}.{path}".rpartition(".")
             linear = _find_linear(vit, f"{parent_name}.{leaf}")
             slices = [(0, linear.out_features)]
@@ -252,11 +235,14 @@ def replace_linears(
             layers[f"{parent_name}.{leaf}"] = make(linear, slices)
     for name, layer in layers.items():
         parent_name, _, leaf = name.rpartition(".")
-        setattr(vit.get_submodule(parent_name), leaf, layer)
+        parent = vit.get_submodule(parent_name)
+        setattr(parent, leaf, layer)
+        if leaf == "qkv" and hasattr(parent, "qkv_bias_separate"):
+            parent.qkv_bias_separate = True  # else EvaAttention takes the map's weights and never calls the map
     return layers
 
 
-def _find_linear(vit: VisionTransformer, name: str) -> nn.Linear:
+def _find_linear(vit: TimmViT, name: str) -> nn.Linear:
     try:
         module = vit.get_submodule(name)
     except AttributeError:

@@ -14,13 +14,12 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates.base import BaseTemplate
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
-from avalanche_fmlora.modules.vit import check_vit, feature_dim
+from avalanche_fmlora.modules.vit import TimmViT, check_vit, feature_dim
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
@@ -39,8 +38,8 @@ class ContinualStrategy(DataLoading):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
-        model: a timm `VisionTransformer`, with or without a head. It is frozen and adapted in place; its own weights
-            are never written to.
+        model: a timm ViT (`VisionTransformer`, or `Eva`, as DINOv3 is), with or without a head. It is frozen and
+            adapted in place; its own weights are never written to.
         config: the method's configuration; its fields can be given as keywords of their own instead.
         optimizer: None for the configured one; a name; a function from parameter groups (with `name` and `lr`) to an
             optimizer; or an optimizer, which keeps its object and groups while the tensors in it follow what trains.
@@ -63,7 +62,7 @@ class ContinualStrategy(DataLoading):
     def __init__(
         self,
         *,
-        model: VisionTransformer,
+        model: TimmViT,
         config: MethodConfig | None = None,
         optimizer: OptimizerLike = None,
         criterion: Any = None,
@@ -128,7 +127,7 @@ class ContinualStrategy(DataLoading):
 
     # What a method gives
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """The network of the method around the user's model."""
         return ContinualNetwork(vit, self.build_head(vit))
 
@@ -146,7 +145,7 @@ class ContinualStrategy(DataLoading):
 
     # Shared parts
 
-    def build_head(self, vit: VisionTransformer) -> IncrementalHead:
+    def build_head(self, vit: TimmViT) -> IncrementalHead:
         """The configured classifier."""
         config = self.config
         cosine = config.classifier != "linear"
@@ -328,7 +327,7 @@ class ContinualStrategy(DataLoading):
         if self.model.lora is not None:
             self.model.lora.unmerge()
 
-    def merged_model(self) -> VisionTransformer:
+    def merged_model(self) -> TimmViT:
         """A plain timm model with updates, prompt and head inside; see :func:`modules.network.merged_vit`."""
         return merged_vit(self.model)
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, check_blocks, task_generator
+from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -265,7 +265,7 @@ class CODAPromptStrategy(PromptStrategy):
     config_class = CODAPromptConfig
     config: CODAPromptConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """Components for each prompted block."""
         c = self.config
         blocks = check_blocks(vit, c.blocks, "blocks")

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.network import ContinualNetwork
@@ -18,6 +17,7 @@ from avalanche_fmlora.modules.prompt_pool import (
     task_generator,
     uniform,
 )
+from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -214,7 +214,7 @@ class DualPromptStrategy(PromptStrategy):
     config_class = DualPromptConfig
     config: DualPromptConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """General and expert prefixes in attention."""
         c = self.config
         g_blocks, e_blocks = check_blocks(vit, c.g_blocks, "g_blocks"), check_blocks(vit, c.e_blocks, "e_blocks")

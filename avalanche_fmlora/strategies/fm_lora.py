@@ -11,13 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from avalanche.core import BasePlugin
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.modules.vit import Pooling, Target, adapt_linears
+from avalanche_fmlora.modules.vit import Pooling, Target, TimmViT, adapt_linears
 from avalanche_fmlora.plugins.factorized_lora import CoreRegularizationPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
@@ -153,7 +152,7 @@ class FMLoRAStrategy(ContinualStrategy):
     plugin_options = ("rank_selection", "meta_prompt")
     config: FMLoRAConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """Low-rank updates in the chosen maps, a prompt at the input."""
         config, head = self.config, self.build_head(vit)
         if config.rank_selection is not None:

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from avalanche.core import BasePlugin, SupervisedPlugin
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.dual_gpm import InputMoments, design_down, update_memory
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.modules.vit import Target, replace_linears
+from avalanche_fmlora.modules.vit import Target, TimmViT, replace_linears
 from avalanche_fmlora.plugins._passes import training_images
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig, Structural
@@ -220,7 +219,7 @@ class InfLoRAStrategy(ContinualStrategy):
     config_class = InfLoRAConfig
     config: InfLoRAConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """InfLoRA maps in the chosen places."""
         config, head = self.config, self.build_head(vit)
         layers = replace_linears(

@@ -6,13 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, cosines, uniform
-from avalanche_fmlora.modules.vit import forward_tokens, with_complement
+from avalanche_fmlora.modules.vit import TimmViT, forward_tokens, with_complement
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -126,7 +125,7 @@ class L2PNetwork(PromptedNetwork):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: TimmViT,
         head: IncrementalHead,
         pool: L2PPool,
         position: Position,
@@ -163,7 +162,7 @@ class L2PStrategy(PromptStrategy):
     config_class = L2PConfig
     config: L2PConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """The pool in front of the ViT."""
         c = self.config
         pool = L2PPool(c.pool_size, c.prompt_length, c.top_k, vit.embed_dim, c.pull_weight, c.batchwise)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from avalanche.core import BasePlugin
-from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.modules.network import ContinualNetwork
+from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig
@@ -35,7 +35,7 @@ class NCMStrategy(ContinualStrategy):
         super().__init__(**kwargs)
         self.train_epochs = 0
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """A head whose rows are not parameters."""
         head = self.build_head(vit)
         head.frozen = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork
+from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig
 
@@ -32,7 +32,7 @@ class PromptStrategy(ContinualStrategy):
         """Rates of the prompts (with their keys) and the head."""
         return {"prompt": self.config.lr_prompt, "head": self.config.lr_head}
 
-    def merged_model(self) -> VisionTransformer:
+    def merged_model(self) -> TimmViT:
         """There is none.
 
         Raises:

@@ -11,12 +11,11 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.modules.vit import Target, replace_linears
+from avalanche_fmlora.modules.vit import Target, TimmViT, replace_linears
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
@@ -226,7 +225,7 @@ class SDLoRAStrategy(ContinualStrategy):
     config_class = SDLoRAConfig
     config: SDLoRAConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """SD-LoRA maps in the chosen places."""
         config, head = self.config, self.build_head(vit)
         magnitudes = Magnitudes(next(vit.parameters()))

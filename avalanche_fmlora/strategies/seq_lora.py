@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.modules.vit import Target, adapt_linears
+from avalanche_fmlora.modules.vit import Target, TimmViT, adapt_linears
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
@@ -40,7 +39,7 @@ class SeqLoRAStrategy(ContinualStrategy):
     config_class = SeqLoRAConfig
     config: SeqLoRAConfig
 
-    def build_network(self, vit: VisionTransformer) -> ContinualNetwork:
+    def build_network(self, vit: TimmViT) -> ContinualNetwork:
         """A LoRA in the chosen maps."""
         config, head = self.config, self.build_head(vit)
         layers = adapt_linears(vit, config.targets, config.blocks, config.rank, config.scale)
