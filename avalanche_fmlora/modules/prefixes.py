@@ -43,7 +43,7 @@ def prefixed(vit: Any, prefixes: Prefixes) -> Iterator[None]:
 def takes_prefix(attn: Any, width: int) -> bool:
     """Whether prefixes of this width can be put into an attention: whether it computes what timm's own ones do."""
     plain = any(isinstance(attn, own) and type(attn).forward is own.forward for own in _KNOWN)
-    return plain and attn.num_heads * attn.head_dim == width
+    return plain and attn.proj.in_features == width
 
 
 def prefix_attention(
@@ -90,7 +90,8 @@ def _own_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = x.shape
     if attn.qkv is None:
         parts = [layer(x) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        q, k, v = (part.reshape(batch, tokens, -1, attn.head_dim).transpose(1, 2) for part in parts)
+        head = parts[0].shape[-1] // attn.num_heads
+        q, k, v = (part.reshape(batch, tokens, -1, head).transpose(1, 2) for part in parts)
     else:
         qkv = attn.qkv(x)
         if getattr(attn, "q_bias", None) is not None:
