@@ -73,6 +73,7 @@ def plan(
     device: str = "cpu",
     threads: int = 1,
     data_root: Path | None = None,
+    report: Callable[[Planned], None] | None = None,
 ) -> list[Planned]:
     """What :func:`~avalanche_fmlora.sweep.sweep` with the same arguments would do; no record is written.
 
@@ -89,6 +90,7 @@ def plan(
         device: where to compute.
         threads: CPU threads a run.
         data_root: folder of relative data paths.
+        report: called with each run as soon as it is measured, which takes a while for each new setting.
 
     Raises:
         ValueError: if this machine lacks the device, a record is torn, edited or of other weights of the same name, or
@@ -97,12 +99,18 @@ def plan(
     check_device(device)
     torch.set_num_threads(threads)
     known: dict[str, Any] = {}
-    planned = []
+    planned: list[Planned] = []
+
+    def add(run: Planned) -> None:
+        planned.append(run)
+        if report is not None:
+            report(run)
+
     for key, config in by_id(configs).items():
         record = known_record(config, folder, data_root, failed=not retry_failed)
         if record is not None:
             done: State = "finished" if record["status"] == "finished" else "failed"
-            planned.append(Planned(config, done, seconds=0.0, error=record["error"]))
+            add(Planned(config, done, seconds=0.0, error=record["error"]))
             continue
         behind = max(checkpoint_folder(folder, config.identity()).files(), default=0)
         run = Planned(config, "goes on" if behind else "new", behind)
@@ -114,23 +122,22 @@ def plan(
         except (ValueError, OSError) as error:
             logger.debug("%s: %s", key, error)
             run.error = str(error)
-        planned.append(run)
+        add(run)
     return planned
 
 
-def plan_text(runs: Sequence[Planned], at_once: int | None = 1) -> str:
-    """The plan as lines: one a run, then how many are to run and how long that would take.
+def plan_totals(runs: Sequence[Planned], at_once: int | None = 1) -> str:
+    """How many are to run and how long that would take.
 
     Args:
         runs: of :func:`plan`.
         at_once: runs at once, or None where a cluster decides.
     """
-    lines = [_line(run) for run in runs]
     to_run = [r for r in runs if r.state in ("new", "goes on")]
     counts = [
         f"{sum(r.state == s for r in runs)} {s}" for s in ("finished", "failed") if any(r.state == s for r in runs)
     ]
-    lines.append("\n" + ", ".join([f"{len(runs)} runs", *counts, f"{len(to_run)} to run"]) + ".")
+    lines = [", ".join([f"{len(runs)} runs", *counts, f"{len(to_run)} to run"]) + "."]
     if any(r.state == "failed" for r in runs):
         lines.append("Failed runs stay failed unless --retry-failed is given.")
     seconds = [r.seconds for r in to_run if r.seconds is not None]
@@ -144,7 +151,8 @@ def plan_text(runs: Sequence[Planned], at_once: int | None = 1) -> str:
     return "\n".join(lines)
 
 
-def _line(run: Planned) -> str:
+def plan_line(run: Planned) -> str:
+    """One run, what is there of it, and about how long the rest takes."""
     config = run.config
     name = f"{config.label or config.method} on {config.benchmark.name}"
     own = ", ".join(f"{k}={v}" for k, v in config.method_options.items())

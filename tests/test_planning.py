@@ -14,7 +14,7 @@ from avalanche_fmlora import planning
 from avalanche_fmlora.checkpoint import CheckpointFolder
 from avalanche_fmlora.cli import main
 from avalanche_fmlora.config import RunConfig, make_run
-from avalanche_fmlora.planning import Planned, Speed, plan, plan_text, rehearse
+from avalanche_fmlora.planning import Planned, Speed, plan, plan_line, plan_totals, rehearse
 from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.registry import methods
 from avalanche_fmlora.sweep import sweep
@@ -74,17 +74,19 @@ def test_finished_interrupted_failed_and_new_runs(photos: Path, tmp_path: Path, 
     assert speeds == ["seq_lora"], "orders share a rehearsal"
     retried = plan([broken], tmp_path, retry_failed=True)
     assert retried[0].state == "new"
-    text = plan_text(runs, at_once=2)
-    assert "class order 1, seed 0: failed: interrupted: the worker died" in text
-    assert "goes on after 1 experiences, about" in text
+    assert "class order 1, seed 0: failed: interrupted: the worker died" in plan_line(runs[1])
+    assert "goes on after 1 experiences, about" in plan_line(runs[2])
+    text = plan_totals(runs, at_once=2)
     assert "4 runs, 1 finished, 1 failed, 2 to run." in text
     assert "--retry-failed" in text
 
 
 def test_rates_share_a_rehearsal_and_sizes_do_not(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
     runs = [{"lr_lora": 1e-3}, {"lr_lora": 2e-3}, {"rank": 2}, {"rank": 4}]
-    plan([configuration(photos, **options) for options in runs], tmp_path)
+    told: list[int] = []
+    plan([configuration(photos, **o) for o in runs], tmp_path, report=lambda run: told.append(len(speeds)))
     assert speeds == ["seq_lora"] * 3
+    assert told == [1, 1, 2, 3], "each run is told before the next is measured"
 
 
 def test_missing_data_leave_an_estimate_open(photos: Path, tmp_path: Path, speeds: list[str]) -> None:
@@ -94,17 +96,17 @@ def test_missing_data_leave_an_estimate_open(photos: Path, tmp_path: Path, speed
     (run,) = plan([lost], tmp_path)
     assert run.seconds is None
     assert "nowhere" in str(run.error)
-    text = plan_text([run])
-    assert "no estimate: There is no " in text
-    assert "No estimate for 1 runs" in text
+    assert "no estimate: There is no " in plan_line(run)
+    assert "No estimate for 1 runs" in plan_totals([run])
     assert not speeds
 
 
 def test_what_several_at_once_take() -> None:
     config = RunConfig()
     runs = [Planned(config, "new", seconds=s) for s in (600.0, 60.0)]
-    assert "About 11 min of computing, 10 min with 2 runs at once" in plan_text(runs, 2), "the longest one sets the end"
-    assert "at once" not in plan_text(runs, None)
+    said = plan_totals(runs, 2)
+    assert "About 11 min of computing, 10 min with 2 runs at once" in said, "the longest one sets the end"
+    assert "at once" not in plan_totals(runs, None)
 
 
 @pytest.mark.parametrize("method", sorted(methods()))

@@ -80,22 +80,19 @@ def compare(
         name = executor or ("processes" if resources.jobs != 1 else "local")
         chosen = make_executor(name, resources, out / "records")
         if dry_run:
-            from avalanche_fmlora.planning import plan, plan_text
+            from avalanche_fmlora.planning import plan, plan_line, plan_totals
 
             at_once = resources.jobs or {"local": 1, "processes": available_cores()}.get(name)
-            click.echo(
-                plan_text(
-                    plan(
-                        configs,
-                        out / "records",
-                        retry_failed=retry_failed,
-                        device=device,
-                        threads=chosen.threads(len(configs)),
-                        data_root=data_root,
-                    ),
-                    at_once,
-                )
+            runs = plan(
+                configs,
+                out / "records",
+                retry_failed=retry_failed,
+                device=device,
+                threads=chosen.threads(len(configs)),
+                data_root=data_root,
+                report=lambda run: click.echo(plan_line(run)),
             )
+            click.echo("\n" + plan_totals(runs, at_once))
             return
         click.echo(f"{len(configs)} runs into {out}", err=True)
         with reporter(len(configs)) as report:
