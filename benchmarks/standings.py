@@ -64,12 +64,14 @@ def _cells(records: Path) -> list[Cell]:
 
 
 def _beaten(methods: Iterable[str], pair_of: Callable[[str], Mapping[str, Any]], sign: int) -> Cell:
-    """Those whose paired interval excludes zero on FM-LoRA's side, as `all 9`, `7 of 9, not …` or `none of 9`."""
+    """Whose paired interval excludes zero on FM-LoRA's side: `all 9`, `7 of 9, not …`, `1 of 9: …` or `none of 9`."""
     beaten = {m: pair_of(m)["excludes_zero"] and sign * pair_of(m)["difference_mean"] > 0 for m in methods}
-    if not any(beaten.values()):
-        return Cell(f"none of {len(beaten)}")
-    others = ", ".join(f"`{method}`" for method in sorted(beaten) if not beaten[method])
-    return Cell(f"{sum(map(bool, beaten.values()))} of {len(beaten)}, not {others}" if others else f"all {len(beaten)}")
+    those, others = ([m for m in sorted(beaten) if bool(beaten[m]) is side] for side in (True, False))
+    if not those or not others:
+        return Cell(f"{'all' if those else 'none of'} {len(beaten)}")
+    few = len(those) < len(others)
+    named = ", ".join(f"`{method}`" for method in (those if few else others))
+    return Cell(f"{len(those)} of {len(beaten)}{': ' if few else ', not '}{named}")
 
 
 def _closed(best: float, ours: float, joint: float) -> Cell:

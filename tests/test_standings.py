@@ -32,3 +32,14 @@ def test_where_a_method_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert higher.main == forgets_less.main == "1 of 2, not `l2p`"
     assert joint.main.startswith("62.5")
     assert closed.main == "50 %"
+
+
+@pytest.mark.parametrize(
+    ("beaten", "said"),
+    [("abc", "all 3"), ("ab", "2 of 3, not `c`"), ("b", "1 of 3: `b`"), ("", "none of 3")],
+)
+def test_the_shorter_list_is_named(monkeypatch: pytest.MonkeyPatch, beaten: str, said: str) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    standings = importlib.import_module("standings")
+    pairs = {m: {"excludes_zero": m in beaten, "difference_mean": 0.1} for m in "abc"}
+    assert standings._beaten("abc", pairs.__getitem__, 1).main == said
