@@ -276,7 +276,7 @@ def test_all_kinds_of_bases_train(bases: str, trace: Any) -> None:
         ({"prompt_length": -1}, r"`prompt_length` = -1"),
         ({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, r"without label smoothing.*use loss_classes='seen'"),
         ({"config": METHODS["ncm"].config_class()}, r"`config` to be a FMLoRAConfig but got NCMConfig"),
-        ({"model": nn.Linear(2, 2)}, r"timm VisionTransformer but got"),
+        ({"model": nn.Linear(2, 2)}, r"timm VisionTransformer or Eva but got"),
         ({"rank_selection": {"candidates": (4, 64)}}, r"`candidates` to be increasing ranks between 1 and 4"),
     ],
     ids=str,
