@@ -81,6 +81,19 @@ def test_a_prefix_is_tokens_without_a_position_that_ask_nothing(attention: Any, 
     assert not takes_prefix(attn, 24)
 
 
+def test_a_prefix_beside_shared_keys_and_values_belongs_to_the_heads_in_order() -> None:
+    """Twin: as above, two heads sharing each key and value, so that those of the prefix stand there twice."""
+    torch.manual_seed(0)
+    attn = AttentionRope(16, num_heads=4, num_kv_heads=2, qkv_fused=False, num_prefix_tokens=1).double().eval()
+    rope = RotaryEmbeddingCat(4, in_pixels=False, feat_shape=(2, 2)).get_embed().double()
+    x, extra = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 2, 16, dtype=torch.float64)
+    narrow = (layer(extra).unflatten(-1, (2, 4)) for layer in (attn.k_proj, attn.v_proj))
+    keys, values = (part[..., [0, 0, 1, 1], :].flatten(2) for part in narrow)
+    out = prefix_attention(attn, keys, values, x, rope=rope)
+    attn.num_prefix_tokens = 3
+    torch.testing.assert_close(out, attn(torch.cat([extra, x], 1), rope=rope)[:, 2:])
+
+
 def _projected(attn: Any, tokens: Tensor, part: int) -> Tensor:
     """Keys (1) or values (2) of tokens, by the weights themselves."""
     if attn.qkv is None:
