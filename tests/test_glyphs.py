@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from glyph_likeness import MAX_LIKENESS, MAX_MIRRORED_LIKENESS, likeness
 from timm.models.vision_transformer import VisionTransformer
 
 from avalanche_fmlora.data import glyph_vit as packaged
-from avalanche_fmlora.data.glyph_render import FACES, IMAGE_SIZE, available_faces, glyph_mask, likeness
+from avalanche_fmlora.data.glyph_render import FACES, IMAGE_SIZE, available_faces, glyph_mask
 from avalanche_fmlora.data.glyphs import (
     DOMAIN_CHARACTERS,
-    MAX_LIKENESS,
-    MAX_MIRRORED_LIKENESS,
     PRETRAINING_CHARACTERS,
     SPLIT_CHARACTERS,
     STYLES,
@@ -195,7 +195,7 @@ def test_mistaken_arguments_are_named() -> None:
 def test_packaged_weights_are_small_plain_timm_and_the_ones_described() -> None:
     path = files("avalanche_fmlora") / "assets" / "glyph_vit.safetensors"
     assert len(path.read_bytes()) <= 4 * 2**20
-    facts = packaged.glyph_vit_facts()
+    facts = json.loads((path.parent / "glyph_vit.json").read_text())
     assert packaged.glyph_vit_sha256() == facts["sha256"]
     assert facts["characters"] == len(PRETRAINING_CHARACTERS)
     vit = packaged.glyph_vit()

@@ -1,17 +1,15 @@
 """The packaged backbone: a small timm ViT pretrained on characters that are in neither glyph benchmark.
 
 The model is an ordinary ``timm`` :class:`VisionTransformer` (width 128, 6 blocks, 4 heads, class token, 4x4 tokens of
-32x32 images behind four convolutions) that needs nothing of this package. ``benchmarks/pretrain_glyphs.py`` makes the
-weights.
+32x32 images behind four convolutions) that needs nothing of this package. ``benchmarks/pretrain_glyphs.py`` made the
+weights; ``assets/glyph_vit.json`` says how.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import partial
 from importlib.resources import files
-from typing import Any
 
 import torch
 from timm.layers import HybridEmbed
@@ -26,7 +24,6 @@ GLYPH_VIT_IMAGE_SIZE = IMAGE_SIZE
 GLYPH_VIT_MEAN = GLYPH_MEAN
 GLYPH_VIT_STD = GLYPH_STD
 _WEIGHTS = "glyph_vit.safetensors"
-_FACTS = "glyph_vit.json"
 _STEM = ((3, 24, 1), (24, 48, 2), (48, 96, 2), (96, 128, 2))
 
 
@@ -109,12 +106,6 @@ def glyph_vit(pretrained: bool = True) -> VisionTransformer:
 def glyph_vit_sha256() -> str:
     """sha256 of the packaged weights file: 64 hexadecimal digits."""
     return hashlib.sha256(_packaged(_WEIGHTS)).hexdigest()
-
-
-def glyph_vit_facts() -> dict[str, Any]:
-    """How the packaged weights came about: the contents of ``assets/glyph_vit.json``."""
-    facts: dict[str, Any] = json.loads(_packaged(_FACTS))
-    return facts
 
 
 def _packaged(name: str) -> bytes:

@@ -6,8 +6,8 @@ double precision and rounded to 8 bits, so what one processor rounds otherwise t
 Test images of a class use one cut (a weight and a slant, drawn for each class) of the three DejaVu families (sans,
 mono, serif), training images the nine other faces. What makes the frozen backbone fall short can be learned: it was
 pretrained on filled strokes, while split_glyphs draws broken outlines and domain_glyphs has a drawing style for each
-domain. No two classes look alike, nor a class like a pretraining character: their ``likeness`` stays below
-:data:`MAX_LIKENESS`, and below :data:`MAX_MIRRORED_LIKENESS` for classes turned by quarters or reflected.
+domain. No two classes look alike, nor a class like a pretraining character, in any size or face: blurred masks of two
+correlate by less than 0.9, those of two classes turned by quarters or reflected by less than 0.95.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ PRETRAINING_CHARACTERS = (
     "ⴓⴚⴡⴢⴥ⸟⸣ꙣꙤꜨꜶꜸꝈꝐꝒꞂꞨ𐌅𐌋𐌌𐌔𐌕𐌛"
 )
 """What the packaged backbone was pretrained on: no class of either benchmark looks like one of these."""
-MAX_LIKENESS = 0.9
-MAX_MIRRORED_LIKENESS = 0.95
 DIFFICULTY = {"split_glyphs": 0.6, "domain_glyphs": 1.0}
 """Of the looks, see :func:`~avalanche_fmlora.data.glyph_render.draw_looks`."""
 
