@@ -63,6 +63,9 @@ def compare(
         ValueError: for an unknown method, field or option.
         FileNotFoundError: if data or weights are not there.
     """
+    for single, axis in (("method", "methods"), ("seed", "seeds"), ("class_order_seed", "class_order_seeds")):
+        if single in fields:
+            raise ValueError(f"Expected `{axis}`, a list, but got `{single}`: write {axis}=[{fields[single]!r}].")
     options: dict[str, Any] = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
     options |= {"class_order_seeds": list(class_order_seeds), "seeds": list(seeds)}
     if methods is not None:

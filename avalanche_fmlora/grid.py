@@ -15,43 +15,61 @@ from avalanche_fmlora.strategies.registry import method as method_class
 from avalanche_fmlora.strategies.registry import methods as all_methods
 
 _AXES = ("benchmarks", "methods", "class_order_seeds", "seeds", "grid")
-_OWN_AXIS = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds", "label": "methods"}
+_SINGLE = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds"}
+_OWN_AXIS = {**_SINGLE, "label": "methods"}
 
 
 def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[RunConfig]:
     """Every run of a comparison, each once.
 
     Args:
-        options: fields of a run that all share, and the axes, each of which may be left out:
+        options: fields of a run that all share, and the axes, each of which may be left out (`seed`, `class_order_seed`
+            and `method` among the fields are axes of one value):
             `benchmarks`: a list of names, of fields of `benchmark`, of options with a `benchmark` among them, or of
             YAML files with such options; they go before the shared ones, axes too.
-            `methods`: names, or mappings with `method` and its options; left out, the `method` of the fields, or all.
+            `methods`: names, or mappings with `method` and its options; all if left out.
             `class_order_seeds`, `seeds`: lists; [0] if left out.
             `grid`: field -> list of values, every combination of which is run; fields as in `flags`.
         flags: further (field, value) pairs that go before all, axes too. ``fm_lora.rank`` is for one method; a bare
             option of methods, as ``precision``, is for each that has it.
 
     Raises:
-        ValueError: for an unknown field, an option that no method has, or an axis that is no list of values.
+        ValueError: for an unknown field, an option that no method has, an axis that is no list of values, or that is
+            given both as one value and as a list, or with a flag for a field that `grid` varies.
         FileNotFoundError: for a YAML file that is not there.
     """
-    axes = {name: value for name, value in flags if name in _AXES}
-    fields = [(name, value) for name, value in flags if name not in _AXES]
-    shared = {**options, **axes}
+    axes = _as_axes({name: value for name, value in flags if name in (*_AXES, *_SINGLE)})
+    fields = [(name, value) for name, value in flags if name not in (*_AXES, *_SINGLE)]
+    shared = {**_as_axes(options), **axes}
     unique: dict[str, RunConfig] = {}
     for benchmark in _list(shared, "benchmarks", [{}]):
-        merged_options = merged({k: v for k, v in shared.items() if k != "benchmarks"}, _benchmark(benchmark))
+        own = _as_axes(_benchmark(benchmark))
+        merged_options = merged({k: v for k, v in shared.items() if k != "benchmarks"}, own)
         for config in _of_one_benchmark({**merged_options, **axes}, fields):
             unique.setdefault(run_id(config.identity()), config)
     return list(unique.values())
 
 
+def _as_axes(options: dict[str, Any]) -> dict[str, Any]:
+    """`seed: 3` is `seeds: [3]`, and so on."""
+    made = dict(options)
+    for single, axis in _SINGLE.items():
+        if single not in made:
+            continue
+        if axis in made:
+            raise ValueError(f"Expected `{single}` or `{axis}` but got both: leave one of them out.")
+        made[axis] = [made.pop(single)]
+    return made
+
+
 def _of_one_benchmark(options: dict[str, Any], fields: list[tuple[str, Any]]) -> Iterator[RunConfig]:
     orders, seeds = _list(options, "class_order_seeds", [0]), _list(options, "seeds", [0])
     points = list(_points(options.get("grid", {})))
+    for name in {name for name, _ in fields} & set(options.get("grid", {})):
+        raise ValueError(f"`{name}` is given as one value and varied by `grid`: leave one of them out.")
     for order, seed, point in itertools.product(orders, seeds, points):
         shared = {k: copy.deepcopy(v) for k, v in options.items() if k not in _AXES}
-        entries = [_entry(e) for e in _list(options, "methods", _usual_methods(options))]
+        entries = [_entry(e) for e in _list(options, "methods", list(all_methods()))]
         for entry in entries:
             method_class(entry["method"])
         for name, value in [*fields, *point]:
@@ -67,10 +85,6 @@ def _points(grid: Any) -> Iterator[tuple[tuple[str, Any], ...]]:
         if name in _OWN_AXIS:
             raise ValueError(f"`{name}` is no field of `grid`: write `{_OWN_AXIS[name]}` beside it.")
     return itertools.product(*([(name, value) for value in _list(grid, name, [])] for name in grid))
-
-
-def _usual_methods(options: dict[str, Any]) -> list[str]:
-    return [options["method"]] if "method" in options else list(all_methods())
 
 
 def _list(options: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
@@ -96,14 +110,18 @@ def _entry(entry: Any) -> dict[str, Any]:
         return {"method": entry, "method_options": {}}
     if isinstance(entry, dict) and isinstance(entry.get("method"), str):
         rest = {k: v for k, v in entry.items() if k not in ("method", "label")}
-        return {"method": entry["method"], "label": entry.get("label"), "method_options": rest}
+        label = {"label": entry["label"]} if "label" in entry else {}
+        return {"method": entry["method"], **label, "method_options": rest}
     raise ValueError(
         f"Expected each of `methods` to be a name, or a mapping with `method` and its options, but got {entry!r}."
     )
 
 
 def _joined(shared: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "method_options": {**shared.get("method_options", {}), **entry["method_options"]}}
+    options = shared.get("method_options") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"Expected `method_options` to be a mapping of options to values but got {options!r}.")
+    return {**entry, "method_options": {**options, **entry["method_options"]}}
 
 
 def _apply(name: str, value: Any, shared: dict[str, Any], entries: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
-from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
+from avalanche.evaluation.metrics import accuracy_metrics, amca_metrics, forgetting_metrics
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from safetensors.torch import load_file
 
@@ -235,3 +235,21 @@ def test_a_finished_run_has_nothing_left_to_do(make_strategy: Any, class_benchma
     _assert_same(again.training_state(), first.training_state())
     history = next(p.history for p in again.plugins if hasattr(p, "history"))
     assert [h["experience"] for h in history] == [0, 1, 2]
+
+
+def test_half_of_a_metric_is_worse_than_a_new_one(
+    make_strategy: Any, class_benchmark: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """AMCA makes an object for each stream that it meets, which a checkpoint can't: it starts anew."""
+    experiences = list(class_benchmark.train_stream)
+    strategies = []
+    for _ in range(2):
+        checkpoints = CheckpointPlugin(tmp_path)
+        evaluator = EvaluationPlugin(amca_metrics(), loggers=[])
+        strategy = make_strategy("ncm", evaluator=evaluator, plugins=[checkpoints])
+        start = checkpoints.resume(strategy)
+        strategies.append(start)
+        strategy.train(experiences[start])
+        strategy.eval(class_benchmark.test_stream)
+    assert strategies == [0, 1]
+    assert "The metric Top1_AMCA_Stream" in caplog.text

@@ -114,3 +114,44 @@ def test_values_on_the_command_line() -> None:
     assert read_pairs("--grid", ["fm_lora.lr-head=1=2", "a=b"]) == {"fm_lora.lr_head": "1=2", "a": "b"}
     with pytest.raises(ValueError, match="Expected --grid NAME=VALUE but got rank"):
         read_pairs("--grid", ["rank"])
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_one_seed_order_or_method_is_an_axis_of_one_value(flags: bool) -> None:
+    one: dict[str, Any] = {"method": "ncm", "seed": 3, "class_order_seed": None}
+    configs = expand({"seeds": [0, 1], "methods": ["fm_lora"]}, list(one.items())) if flags else expand(one)
+    assert [(c.method, c.seed, c.class_order_seed) for c in configs] == [("ncm", 3, None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        ({"seed": 1, "seeds": [1]}, [], "Expected `seed` or `seeds` but got both: leave one of them out"),
+        ({}, [("method", "ncm"), ("methods", ["ncm"])], "Expected `method` or `methods` but got both"),
+        ({"grid": {"rank": [8, 16]}}, [("rank", 32)], "`rank` is given as one value and varied by `grid`"),
+        (
+            {"method_options": 5, "methods": ["ncm"]},
+            [],
+            "`method_options` to be a mapping of .* but got 5",
+        ),
+        ({"rank": 8, "method": "fm_lora"}, [], "no option `rank`, but fm_lora has: write it below `method_options`"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(options: dict[str, Any], flags: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand(options, flags)
+
+
+def test_no_method_options_are_none() -> None:
+    assert expand({"method_options": None, "methods": ["ncm"]})[0].method_options == {}
+
+
+def test_a_field_of_the_grid_is_given_once() -> None:
+    with pytest.raises(ValueError, match=r"--grid rank is given twice: .* with commas between"):
+        read_pairs("--grid", ["rank=8", "rank=16"])
+
+
+@pytest.mark.parametrize("name", ["seed", "class_order_seed", "method"])
+def test_a_call_takes_lists_of_them(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"Expected `{name}s`, a list, but got `{name}`: write {name}s="):
+        compare(["ncm"], out=tmp_path, **{name: 1})

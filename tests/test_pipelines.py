@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 from avalanche.core import SupervisedPlugin
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
 from avalanche_fmlora.config import by_id, make_run
 from avalanche_fmlora.modules.class_rows import class_means
@@ -30,6 +38,20 @@ class At(SupervisedPlugin):
                 call(strategy)
 
         setattr(self, place, there)
+
+
+class Labelled(Dataset[Any]):
+    """Six images of each class, in a format of the caller's."""
+
+    def __init__(self, classes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        self.targets = [c for c in classes for _ in range(6)]
+        self.images = torch.randn(len(self.targets), 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index], self.targets[index]
 
 
 def interrupt(strategy: Any) -> None:
@@ -228,3 +250,95 @@ def test_two_files_of_one_name_are_not_one_run(tmp_path: Any) -> None:
 def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Any) -> None:
     benchmarks = [{"name": "split_cifar100", "path": tmp_path / side / "cifar"} for side in ("left", "right")]
     assert len(by_id([make_run({"method": "ncm", "benchmark": benchmark}) for benchmark in benchmarks])) == 1
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "inflora", "sd_lora", "seq_lora", "l2p"])
+def test_a_broken_off_experience_gives_way_to_what_was_saved(
+    name: str, make_strategy: Any, class_benchmark: Any, images: Tensor, tmp_path: Path
+) -> None:
+    """Twin: a strategy that never began the experience; both go on alike after it."""
+    first, second, *_ = class_benchmark.train_stream
+    strategy = make_strategy(name, plugins=[At("after_training_iteration", 1, interrupt)])
+    strategy.train(first)
+    path = strategy.save(tmp_path / "first.safetensors")
+    before = strategy.model.eval()(images)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    strategy.load(path)
+    after = strategy.model.eval()(images)
+    assert torch.equal(after[:, : before.shape[1]], before)
+    lora = strategy.model.lora
+    assert lora is None or not lora.active
+    assert not strategy.model.head.before.numel()
+    strategy.clock.train_exp_counter = 2  # the plugin breaks off no more
+    strategy.train(second)
+    assert lora is None or int(lora.experiences) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_that_a_strategy_holds_is_the_one_that_learns(
+    compiled: bool, make_strategy: Any, train: Any, class_benchmark: Any, images: Tensor
+) -> None:
+    """Twin: forward passes of the model itself, after it was replaced by a copy, and in a copied strategy."""
+    with torch.compiler.set_stance("force_eager"):
+        strategy = train(make_strategy("fm_lora", compile=compiled), class_benchmark, n=1)
+        copied = copy.deepcopy(strategy)
+        strategy.model = copy.deepcopy(strategy.model)
+        for held in (strategy, copied):
+            held.train(list(class_benchmark.train_stream)[1])
+            held.mbatch = [images, None]
+            held.model.eval()
+            assert torch.equal(held.forward(), held.model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fm_lora", "inflora", "sd_lora", "ncm"])
+def test_backbones_in_other_formats_learn_and_merge(
+    name: str, dtype: torch.dtype, make_strategy: Any, make_vit: Any, images: Tensor
+) -> None:
+    strategy = make_strategy(name, make_vit(dtype=dtype), train_epochs=1)
+    parts = [as_classification_dataset(Labelled(classes, dtype)) for classes in ((0, 1), (2, 3))]
+    for experience in benchmark_from_datasets(train=parts).train_stream:
+        strategy.train(experience)
+    x = images.to(dtype)
+    merged = strategy.merged_model().eval()(x)
+    assert merged.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float64 else 0.2
+    torch.testing.assert_close(merged.float(), strategy.model.eval()(x).float(), rtol=1e-4, atol=tolerance)
+
+
+def test_float16_weights_are_refused(make_strategy: Any, make_vit: Any) -> None:
+    with pytest.raises(ValueError, match=r"but they are in float16.*pass model.float\(\), and precision='fp16'"):
+        make_strategy("fm_lora", make_vit(dtype=torch.float16))
+
+
+def test_a_data_set_makes_its_own_batches(make_strategy: Any) -> None:
+    """Twin: the same data without a way of their own; one that halves every image shows in what is learned."""
+    calls: list[int] = []
+
+    def halved(items: Any) -> Any:
+        calls.append(len(items))
+        images, *others = default_collate(items)
+        return [images / 2, *others]
+
+    seen = []
+    for collate in (halved, None):
+        data = _make_taskaware_classification_dataset(Labelled((0, 1)), collate_fn=collate)
+        if collate is None:
+            data.collate_fn = default_collate
+        (experience,) = benchmark_from_datasets(train=[data]).train_stream
+        strategy = make_strategy("fm_lora", train_epochs=1)
+        strategy.train(experience)
+        seen.append(torch.cat([images for images, _ in strategy.batches(experience.dataset)]))
+    assert sum(calls) > 0
+    torch.testing.assert_close(2 * seen[0], seen[1])
+
+
+def test_images_without_a_transform_are_named(make_strategy: Any) -> None:
+    class Pictures(Labelled):
+        def __getitem__(self, index: int) -> Any:
+            return Image.new("RGB", (16, 16)), self.targets[index]
+
+    (experience,) = benchmark_from_datasets(train=[as_classification_dataset(Pictures((0, 1)))]).train_stream
+    with pytest.raises(ValueError, match="Expected images as tensors but got Image: give the data set a transform"):
+        make_strategy("fm_lora").train(experience)

@@ -99,13 +99,16 @@ def read_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     """``name=text`` words of a flag that can be given several times.
 
     Raises:
-        ValueError: for a word without ``=``.
+        ValueError: for a word without ``=``, or a name that comes twice.
     """
-    pairs = dict(text.partition("=")[::2] for text in texts)
-    for name, text in pairs.items():
-        if not name or not text:
+    pairs: dict[str, str] = {}
+    for name, _, value in (text.partition("=") for text in texts):
+        if not name or not value:
             raise ValueError(f"Expected {flag} NAME=VALUE but got {name or '='}: write {name or 'NAME'}=VALUE.")
-    return {name.replace("-", "_"): text for name, text in pairs.items()}
+        if name.replace("-", "_") in pairs:
+            raise ValueError(f"{flag} {name} is given twice: write it once, a list of values with commas between.")
+        pairs[name.replace("-", "_")] = value
+    return pairs
 
 
 @contextmanager

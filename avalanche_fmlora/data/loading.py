@@ -75,6 +75,10 @@ class LoaderItems(Dataset[Any]):
 
     def collate(self, items: list[Any]) -> list[Any]:
         """A batch: its images (a tensor or :class:`~avalanche_fmlora.data.device_transforms.Crops`), labels, …"""
+        own = own_collate(self.dataset)
+        if own is not None:
+            made: list[Any] = own(items)
+            return made
         images, *others = zip(*(tuple(item) for item in items), strict=True)
         return [self._batch(images), *(default_collate(list(column)) for column in others)]
 
@@ -86,6 +90,12 @@ class LoaderItems(Dataset[Any]):
 
     def _batch(self, images: Sequence[Tensor | Crop]) -> Tensor | Crops:
         """Where other data's float images are among them, the rest become float here."""
+        for image in images:
+            if not isinstance(image, Tensor | Crop):
+                raise ValueError(
+                    f"Expected images as tensors but got {type(image).__name__}: give the data set a transform that "
+                    "ends in one, `timm.data.create_transform(**timm.data.resolve_model_data_config(model))`, say."
+                )
         raw = [isinstance(image, Crop) or image.dtype == torch.uint8 for image in images]
         if self.finish is not None and any(raw) and not all(raw):
             images = [self.finished(_alone(image)) for image in images]
@@ -93,6 +103,12 @@ class LoaderItems(Dataset[Any]):
             return Crops.packed([image if isinstance(image, Crop) else Crop(image) for image in images])
         batch: Tensor = default_collate(list(images))
         return batch
+
+
+def own_collate(dataset: Any) -> Callable[[list[Any]], Any] | None:
+    """How a data set makes a batch of its items, where that is a way of its own."""
+    found = getattr(dataset, "collate_fn", None)
+    return None if found is default_collate else found
 
 
 def _alone(image: Tensor | Crop) -> Tensor:

@@ -24,12 +24,14 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         growing: names of buffers whose shape depends on the experiences so far; loading takes the saved shape.
+        opened: names of what is there only while an experience trains, None else.
 
     Raises:
         ValueError: for a rank below 1 or above the smaller side of a slice.
     """
 
     growing: ClassVar[tuple[str, ...]] = ()
+    opened: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: nn.Linear, slices: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()
@@ -185,6 +187,13 @@ class AdaptedMaps(nn.Module, Generic[LinearT]):
     def absorb(self, step: float = 1.0) -> None:
         """Close the experience: what was trained joins the past, or its share `step` where a method has such a step."""
         raise NotImplementedError
+
+    def discard(self) -> None:
+        """Let go of an open experience: what it has trained so far is dropped, as if it had not begun."""
+        for layer in self.layers:
+            for name in layer.opened:
+                setattr(layer, name, None)
+        self.active = False
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What trains, by the names of the rates."""

@@ -119,7 +119,8 @@ class InputMoments:
     @torch.no_grad()
     def _add(self, i: int, inputs: Tensor) -> None:
         with torch.autocast(inputs.device.type, enabled=False):
-            x = inputs.reshape(-1, inputs.shape[-1]).to(self.layers[i].base.weight.dtype)
+            weight = self.layers[i].base.weight.dtype
+            x = inputs.reshape(-1, inputs.shape[-1]).to(torch.promote_types(weight, torch.float32))
             self._sums[i] += (x.T @ x).cpu().double()
             self._counts[i] += len(x)
 

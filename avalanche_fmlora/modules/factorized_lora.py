@@ -37,6 +37,7 @@ class FactorizedLinear(AdaptedLinear):
         mask: m, shape [R], set from outside; None is all ones.
     """
 
+    opened = ("left", "right", "mask")
     core: Tensor
     left: nn.Parameter | None
     right: nn.Parameter | None
@@ -182,6 +183,13 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
                 layer.rebase()
         self.experiences += 1
         self.active = False
+
+    def discard(self) -> None:
+        """See :meth:`AdaptedMaps.discard`; bases that were in training stay where they are until others are loaded."""
+        super().discard()
+        for layer in self.layers:
+            layer.up.requires_grad_(layer.up.requires_grad and self.bases == "sequential")
+            layer.down.requires_grad_(layer.down.requires_grad and self.bases == "sequential")
 
     def set_mask(self, masks: Tensor) -> None:
         """Masks of one choice [1, R] for all layers, or of one choice a layer [layers, R]."""

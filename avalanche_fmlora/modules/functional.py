@@ -32,7 +32,7 @@ def update_core(core: Tensor, left: Tensor | None, right: Tensor | None, mask: T
     if left is None or right is None:
         return core
     if mask is not None:
-        left = left * mask
+        left = left * mask.to(left.dtype)
     return core + left @ right.transpose(-1, -2)
 
 

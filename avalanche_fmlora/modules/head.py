@@ -226,6 +226,7 @@ class IncrementalHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
+        self.before = self.before[:0]
         for name in ("rows", "bias", "seen", "counts", "folded", "means", "occurrences", "covariance", "active"):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:

@@ -133,7 +133,7 @@ class ContinualNetwork(nn.Module):
         return {k: v for k, v in own.items() if k not in self._backbone and not k.startswith("selector.")}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`adapter_state` gave, into a network of the same configuration.
+        """Load what :meth:`adapter_state` gave, into a network of the same configuration; an open experience is let go.
 
         Raises:
             ValueError: if the names or the width of the head differ.
@@ -144,6 +144,10 @@ class ContinualNetwork(nn.Module):
                 f"Expected a head of width {self.head.dim} but the saved one has {width}: "
                 "build the strategy with the `pooling` and the backbone that it was saved with."
             )
+        if self.lora is not None:
+            self.lora.discard()
+        if self.prompt is not None:
+            self.prompt.end()
         own = {k for k in self.adapter_state() if ".active_" not in k}
         given = {k for k in state if ".active_" not in k}
         if own != given:
@@ -187,12 +191,14 @@ def merged_vit(network: ContinualNetwork) -> TimmViT:
 
     It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
     network's own, also those of classes never seen. A distilled DeiT becomes a ViT with one register token. Where the
-    network reads token and mean, so does the pooling (`attn_pool`), for images of the model's own size.
+    network reads token and mean, so does the pooling (`attn_pool`), for images of the model's own size; its features
+    are then twice as wide as timm's `reset_classifier` takes them to be: set `head` yourself for other classes.
 
     Args:
         network: with any of low-rank updates and prompt.
     """
     vit = network.vit
+    dtype = next(vit.parameters()).dtype
     merged: Any = copy.deepcopy(vit)
     for name, layer in vit.named_modules():
         if isinstance(layer, AdaptedLinear):
@@ -201,11 +207,11 @@ def merged_vit(network: ContinualNetwork) -> TimmViT:
     if isinstance(merged, VisionTransformerDistilled):
         _distilled_to_plain(merged)
     if network.prompt is not None:
-        _prompt_to_registers(merged, network.prompt.prompt)
+        _prompt_to_registers(merged, network.prompt.prompt.to(dtype))
     missing = pooling_complement(vit)
     if network.pooling == "token_and_mean" and missing is not None:
         _pool_token_and_mean(merged, missing)
-    merged.head = _plain_head(network.head)
+    merged.head = _plain_head(network.head).to(dtype)
     merged.num_classes = network.head.n_classes
     return merged.requires_grad_(True)
 

@@ -35,7 +35,8 @@ def check_vit(model: Any) -> TimmViT:
     """The model, if it is one that can be adapted.
 
     Raises:
-        ValueError: if it is no timm `VisionTransformer` or `Eva`, has no pooled features, or is adapted already.
+        ValueError: if it is no timm `VisionTransformer` or `Eva`, has no pooled features or float16 weights, or is
+            adapted already.
     """
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
         raise ValueError(
@@ -46,6 +47,11 @@ def check_vit(model: Any) -> TimmViT:
     if model.attn_pool is None and not model.global_pool:
         raise ValueError(
             "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token'."
+        )
+    if next(model.parameters()).dtype == torch.float16:
+        raise ValueError(
+            "Expected weights in float32 but they are in float16, in which updates overflow: pass model.float(), and "
+            "precision='fp16' for passes in half precision."
         )
     adapted = next((type(m).__name__ for m in model.modules() if isinstance(m, AdaptedLinear)), None)
     if adapted is not None:

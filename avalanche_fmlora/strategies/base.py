@@ -106,7 +106,7 @@ class ContinualStrategy(DataLoading):
         )
         self.plugins.sort(key=lambda plugin: getattr(plugin, "runs_last", False))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
-        self._features = torch.compile(network.features) if self.config.compile else network.features
+        self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
         self._current: Any = None
         self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
@@ -264,9 +264,21 @@ class ContinualStrategy(DataLoading):
     def forward(self) -> Tensor:
         """Logits of the mini-batch, float32."""
         with self._autocast():
-            features = self._features(self.mb_x)
+            features = self._features_of()(self.mb_x)
         self.model.last_features = features = features.to(self.model.head.rows.dtype)
         return self.model.head(features)
+
+    def _features_of(self) -> Callable[[Tensor], Tensor]:
+        """The model's `features`, compiled once a model if asked."""
+        if not self.config.compile:
+            return self.model.features
+        if self._compiled is None or self._compiled[0] is not self.model:
+            self._compiled = self.model, torch.compile(self.model.features)
+        return self._compiled[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled function, which can't be pickled and, copied, would go on with this model."""
+        return {**self.__dict__, "_compiled": None}
 
     def criterion(self) -> Tensor:
         """The loss over the classes that take part: the experience's own and those in the batch, or all seen."""

@@ -80,7 +80,9 @@ class FMLoRAConfig(MethodConfig):
     less one experience moves what all share, and the core is a mean of all cores with weights 1, 2, …, t; 1/t for the
     plain mean; or a number in (0, 1]. The first update is kept whole."""
     distillation: float = Field(1.0, ge=0)
-    """Weight of the cosines to past rows, held by the free teacher (the model before the experience); 0 for none."""
+    """Weight of the cosines to past class means, held by the free teacher (the model before the task); 0 for none.
+
+    With another classifier than ``class_mean`` there are no class means, and no distillation."""
     teacher: Literal["known", "every_step"] = "known"
     """`known`: the teacher speaks on images whose features the pass before the experience gave, at no further pass, and
     is silent where inputs change from epoch to epoch; `every_step`: one more forward pass a step, without autograd."""

@@ -39,6 +39,7 @@ class InfLoRALinear(AdaptedLinear):
     """
 
     growing = ("downs", "ups", "basis")
+    opened = ("down", "up")
     downs: Tensor
     ups: Tensor
     down: Tensor | None

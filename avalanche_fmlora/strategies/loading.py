@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_fmlora.data.device_transforms import resizes_on
-from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of
+from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of, own_collate
 from avalanche_fmlora.data.transforms import Finish
 
 _LOADER_ARGUMENTS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset", "collate_fn"}
@@ -89,7 +89,8 @@ class DataLoading(SupervisedTemplate):
         return (torch.initial_seed(), self.clock.train_exp_counter, part) if seeded else None
 
     def _finish(self, dataset: Any) -> Finish | None:
-        return finish_of(dataset) if self.finishes_on_device() else None
+        """What is left to the device; nothing where a data set has a `collate_fn` of its own: it gets whole items."""
+        return finish_of(dataset) if self.finishes_on_device() and own_collate(dataset) is None else None
 
     def _items(self, dataset: Any, seeds: tuple[int, int, int] | None, finish: Finish | None) -> LoaderItems:
         return LoaderItems(dataset, seeds, finish, crops=finish is not None and resizes_on(self.device))

@@ -5,6 +5,7 @@ Values are put back into objects that the same program has built anew, so a file
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from avalanche.evaluation import Metric
 from torch import Tensor, nn
 
+_LOG = logging.getLogger(__name__)
 _OBJECT, _GENERATOR = "__object__", "__generator__"
 _LEFT_OUT: Any = object()
 
@@ -89,6 +91,11 @@ def _restored(current: Any, saved: Any) -> Any:
     if isinstance(saved, Mapping) and _OBJECT in saved:
         if not hasattr(current, "__dict__"):
             return _LEFT_OUT
+        if Metric in type(current).__mro__ and not _fits(current, saved):
+            _LOG.warning(
+                "The metric %s makes objects as it goes, which a checkpoint can't make: it starts anew.", current
+            )
+            return current
         load_object_state(current, saved[_OBJECT])
         return current
     if isinstance(saved, Mapping):
@@ -100,6 +107,22 @@ def _restored(current: Any, saved: Any) -> Any:
     if isinstance(saved, Tensor) and isinstance(current, Tensor):
         return saved.to(current.device)
     return saved
+
+
+def _fits(current: Any, saved: Any) -> bool:
+    """Whether each saved object has one to go into: half of a metric is worse than a new one."""
+    if isinstance(saved, Mapping) and _OBJECT in saved:
+        if not hasattr(current, "__dict__"):
+            return False
+        return all(_fits(getattr(current, name, None), value) for name, value in saved[_OBJECT].items())
+    if isinstance(saved, Mapping) and _GENERATOR not in saved:
+        held = current if isinstance(current, dict) else {}
+        makes = held.default_factory if isinstance(held, defaultdict) else None
+        return all(_fits(held[k] if k in held else makes() if makes else None, v) for k, v in saved.items())
+    if isinstance(saved, list | tuple):
+        old = current if isinstance(current, list | tuple) and len(current) == len(saved) else [None] * len(saved)
+        return all(_fits(c, s) for c, s in zip(old, saved, strict=True))
+    return True
 
 
 def _restored_mapping(current: dict[Any, Any], saved: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -77,6 +77,7 @@ class SDLoRALinear(AdaptedLinear):
     """
 
     growing = ("downs", "ups")
+    opened = ("down", "up")
     downs: Tensor
     ups: Tensor
     scales: Tensor
