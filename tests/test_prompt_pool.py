@@ -197,7 +197,7 @@ def test_compile_is_taken_and_changes_nothing(make_strategy: Any, make_vit: Any,
     plain, compiled = (make_strategy(name, make_vit(), compile=c) for c in (False, True))
     for strategy in (plain, compiled):
         strategy.model.begin([0, 1])
-    assert torch.equal(plain._features(images), compiled._features(images))
+    assert torch.equal(plain._features_of()(images), compiled._features_of()(images))
 
 
 def test_known_features_are_found_by_content() -> None:

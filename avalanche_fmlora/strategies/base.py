@@ -107,6 +107,7 @@ class ContinualStrategy(DataLoading):
         self.plugins.sort(key=lambda plugin: getattr(plugin, "runs_last", False))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
+        self._features_of()
         self._current: Any = None
         self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
