@@ -10,7 +10,7 @@ from typing import Any
 
 from avalanche_fmlora.config import RunConfig
 from avalanche_fmlora.executors import Executor, quiet_imports
-from avalanche_fmlora.grid import expand
+from avalanche_fmlora.grid import SINGLE, expand
 from avalanche_fmlora.results.record import Record
 from avalanche_fmlora.sweep import sweep
 
@@ -63,7 +63,7 @@ def compare(
         ValueError: for an unknown method, field or option.
         FileNotFoundError: if data or weights are not there.
     """
-    for single, axis in (("method", "methods"), ("seed", "seeds"), ("class_order_seed", "class_order_seeds")):
+    for single, axis in SINGLE.items():
         if single in fields:
             raise ValueError(f"Expected `{axis}`, a list, but got `{single}`: write {axis}=[{fields[single]!r}].")
     options: dict[str, Any] = {k: v for k, v in fields.items() if k in RunConfig.model_fields}

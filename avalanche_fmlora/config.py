@@ -88,8 +88,9 @@ def make_run(options: dict[str, Any]) -> RunConfig:
         ValueError: that names each wrong field and the nearest right one.
     """
     name = options.get("method", RunConfig.model_fields["method"].default)
-    misplaced = sorted(set(options) - set(RunConfig.model_fields))
-    if misplaced and isinstance(name, str) and misplaced[0] in method_class(name).config_class.model_fields:
+    unknown = set(options) - set(RunConfig.model_fields)
+    own = method_class(name).config_class.model_fields if unknown and isinstance(name, str) else {}
+    if misplaced := sorted(unknown & set(own)):
         raise ValueError(
             f"the configuration has no option `{misplaced[0]}`, but {name} has: write it below `method_options`."
         )

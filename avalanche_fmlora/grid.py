@@ -15,8 +15,8 @@ from avalanche_fmlora.strategies.registry import method as method_class
 from avalanche_fmlora.strategies.registry import methods as all_methods
 
 _AXES = ("benchmarks", "methods", "class_order_seeds", "seeds", "grid")
-_SINGLE = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds"}
-_OWN_AXIS = {**_SINGLE, "label": "methods"}
+SINGLE = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds"}
+_OWN_AXIS = {**SINGLE, "label": "methods"}
 
 
 def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[RunConfig]:
@@ -38,8 +38,8 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
             given both as one value and as a list, or with a flag for a field that `grid` varies.
         FileNotFoundError: for a YAML file that is not there.
     """
-    axes = _as_axes({name: value for name, value in flags if name in (*_AXES, *_SINGLE)})
-    fields = [(name, value) for name, value in flags if name not in (*_AXES, *_SINGLE)]
+    axes = _as_axes({name: value for name, value in flags if name in (*_AXES, *SINGLE)})
+    fields = [(name, value) for name, value in flags if name not in (*_AXES, *SINGLE)]
     shared = {**_as_axes(options), **axes}
     unique: dict[str, RunConfig] = {}
     for benchmark in _list(shared, "benchmarks", [{}]):
@@ -53,7 +53,7 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
 def _as_axes(options: dict[str, Any]) -> dict[str, Any]:
     """`seed: 3` is `seeds: [3]`, and so on."""
     made = dict(options)
-    for single, axis in _SINGLE.items():
+    for single, axis in SINGLE.items():
         if single not in made:
             continue
         if axis in made:

@@ -256,7 +256,7 @@ def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Any) -> No
 def test_a_broken_off_experience_gives_way_to_what_was_saved(
     name: str, make_strategy: Any, class_benchmark: Any, images: Tensor, tmp_path: Path
 ) -> None:
-    """Twin: a strategy that never began the experience; both go on alike after it."""
+    """It predicts as it did when it was saved, and the next training opens an experience of its own."""
     first, second, *_ = class_benchmark.train_stream
     strategy = make_strategy(name, plugins=[At("after_training_iteration", 1, interrupt)])
     strategy.train(first)
@@ -273,6 +273,8 @@ def test_a_broken_off_experience_gives_way_to_what_was_saved(
     strategy.clock.train_exp_counter = 2  # the plugin breaks off no more
     strategy.train(second)
     assert lora is None or int(lora.experiences) == 2
+    prompt = strategy.model.prompt
+    assert prompt is None or int(prompt.experience) == 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -144,18 +144,18 @@ class ContinualNetwork(nn.Module):
                 f"Expected a head of width {self.head.dim} but the saved one has {width}: "
                 "build the strategy with the `pooling` and the backbone that it was saved with."
             )
-        if self.lora is not None:
-            self.lora.discard()
-        if self.prompt is not None:
-            self.prompt.end()
-        own = {k for k in self.adapter_state() if ".active_" not in k}
+        opened = () if self.lora is None else self.lora.layers[0].opened
+        own = {k for k in self.adapter_state() if ".active_" not in k and k.rpartition(".")[2] not in opened}
         given = {k for k in state if ".active_" not in k}
         if own != given:
             raise ValueError(
                 f"Expected the state of a network of the same configuration but {sorted(own ^ given)[:3]} differ: "
                 "build the strategy with the options that it was saved with."
             )
+        if self.prompt is not None:
+            self.prompt.end()
         if self.lora is not None:
+            self.lora.discard()
             self.lora.unmerge()
         self.load_state_dict(state, strict=False)
 
