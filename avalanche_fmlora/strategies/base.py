@@ -6,7 +6,6 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,23 +17,23 @@ from torch import Tensor, nn
 
 from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.head import IncrementalHead
-from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
+from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import TimmViT, check_vit, feature_dim
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
-from avalanche_fmlora.strategies.config import MethodConfig, structural_options, validate
+from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.loading import DataLoading
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
 from avalanche_fmlora.strategies.task_labels import TaskLabels
+from avalanche_fmlora.strategies.trained import Trained
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
-from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ContinualStrategy(DataLoading):
+class ContinualStrategy(Trained, DataLoading):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
@@ -328,40 +327,7 @@ class ContinualStrategy(DataLoading):
         self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
 
-    # What users do with the result
-
-    def merge(self) -> None:
-        """Compute with merged weights: an inference step costs what the bare ViT's does. :meth:`unmerge` is exact."""
-        if self.model.lora is not None:
-            self.model.lora.merge()
-
-    def unmerge(self) -> None:
-        """Compute with the factors again, as training and :meth:`load` do by themselves."""
-        if self.model.lora is not None:
-            self.model.lora.unmerge()
-
-    def merged_model(self) -> TimmViT:
-        """A plain timm model with updates, prompt and head inside; see :func:`modules.network.merged_vit`."""
-        return merged_vit(self.model)
-
-    def save(self, path: str | Path) -> Path:
-        """Write all that was added to the backbone (safetensors, no pickle); the backbone itself is not in it.
-
-        Raises:
-            ValueError: while low-rank updates are in training: they are no part of the model yet.
-        """
-        if self.model.lora is not None and self.model.lora.active:
-            raise ValueError(
-                "Expected a model between experiences but one is in training, or was broken off: save when `train` has "
-                "returned, or in a plugin's `after_training_exp`."
-            )
-        return save_adapter(Path(path), self.model.adapter_state(), self.method, self.config.model_dump(mode="json"))
-
-    def load(self, path: str | Path) -> None:
-        """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
-        structural = structural_options(type(self.config))
-        state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"), structural)
-        self.model.load_adapter_state(state)
+    # Going on
 
     def training_state(self) -> dict[str, Any]:
         """All that going on after a finished experience needs; see :mod:`strategies.training_state`."""
