@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
 
+_LOG = logging.getLogger(__name__)
 DATA_ROOT_VARIABLE = "AVALANCHE_FMLORA_DATA"
 
 
@@ -102,12 +104,19 @@ def make_run(options: dict[str, Any]) -> RunConfig:
 def by_id(configs: Iterable[RunConfig]) -> dict[str, RunConfig]:
     """By what their records are named by, in which of a path only the last name counts.
 
+    Two that differ in their labels alone are one run, under the first, and a warning says so.
+
     Raises:
         ValueError: if two that have one name read different files.
     """
     unique: dict[str, RunConfig] = {}
     for config in configs:
         first = unique.setdefault(run_id(config.identity()), config)
+        if first.label != config.label:
+            _LOG.warning(
+                "Two runs of %s differ in nothing but their labels, %r and %r: it runs once, under the first.",
+                config.method, first.label, config.label,
+            )  # fmt: skip
         ours, others = _files(config), _files(first)
         if ours != others:
             a, b = next((a, b) for a, b in zip(ours, others, strict=True) if a != b)

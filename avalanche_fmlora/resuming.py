@@ -28,6 +28,11 @@ def known_record(
         ValueError: if the record is torn, edited, or of other weights than those that the file of that name holds now.
     """
     record = find_record(folder, config.identity(), failed=failed)
+    if record is not None and record["config"]["label"] != config.label:
+        logger.warning(
+            "%s in %s is finished under the label %r and keeps it, not %r: to run it anew, delete *-%s.json there.",
+            config.method, folder, record["config"]["label"], config.label, record["id"],
+        )  # fmt: skip
     weights = config.backbone.weights
     if record is None or weights is None or (then := record["backbone"]["sha256"]) is None:
         return record

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from avalanche_fmlora.config import find_data, make_run, read_yaml
+from avalanche_fmlora.config import by_id, find_data, make_run, read_yaml
 from avalanche_fmlora.grid import expand
-from avalanche_fmlora.results.record import run_id
+from avalanche_fmlora.results.record import blank_record, run_id, write_record
+from avalanche_fmlora.resuming import known_record
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,23 @@ def test_flags_reach_the_methods_that_have_them() -> None:
         expand({"methods": ["seq_lora"]}, [("lr_lorra", 1)])
     with pytest.raises(ValueError, match="at least one entry"):
         expand({"methods": []})
+
+
+def test_two_labels_of_one_run_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    runs = [make_run({"label": label, "method_options": rank}) for label, rank in ((None, {}), ("wide", {"rank": 32}))]
+    assert [run.label for run in by_id(runs).values()] == [None]
+    assert "labels, None and 'wide'" in caplog.text
+    caplog.clear()
+    assert len(by_id([runs[0], runs[0]])) == 1
+    assert not caplog.text
+
+
+def test_a_finished_run_keeps_its_label_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, named = make_run({}), make_run({"label": "mine"})
+    record = {**blank_record(plain.identity()), "status": "failed"}
+    path = write_record(record, tmp_path)
+    assert known_record(plain, tmp_path, failed=True) is not None
+    assert not caplog.text
+    assert known_record(named, tmp_path, failed=True)["config"]["label"] is None
+    assert "under the label None and keeps it, not 'mine'" in caplog.text
+    assert path.match(f"*-{record['id']}.json")
