@@ -120,3 +120,18 @@ def test_classes_that_recur_are_targets_by_each_of_their_means(
     assert rows.shape == (targets * head.n_classes, head.dim)
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
     assert len(rows.unique(dim=0)) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classifier": "class_mean", "row_transport": True}, False),
+        ({"classifier": "class_mean", "row_transport": False}, True),
+        ({"classifier": "linear", "row_transport": True}, True),
+    ],
+)
+def test_moved_images_without_effect_are_said(
+    make_strategy: Any, caplog: pytest.LogCaptureFixture, options: dict[str, Any], said: bool
+) -> None:
+    make_strategy("seq_lora", transport_samples=8, **options)
+    assert ("transport_samples=8 has no effect" in caplog.text) is said

@@ -154,10 +154,17 @@ class ContinualStrategy(Trained, DataLoading):
 
     def _frame_plugins(self) -> list[BasePlugin]:
         plugins: list[BasePlugin] = []
-        if self.config.classifier == "class_mean":
-            plugins.append(self._class_mean_plugin(transport=self.config.row_transport))
-        if self.config.lr_schedule != "constant":
-            plugins.append(SchedulePlugin(self.config.lr_schedule))
+        c = self.config
+        if c.transport_samples and not (c.classifier == "class_mean" and c.row_transport):
+            _LOG.warning(
+                "transport_samples=%d has no effect here: images are moved to follow old rows, so it needs "
+                "classifier='class_mean' and row_transport=True.",
+                c.transport_samples,
+            )
+        if c.classifier == "class_mean":
+            plugins.append(self._class_mean_plugin(transport=c.row_transport))
+        if c.lr_schedule != "constant":
+            plugins.append(SchedulePlugin(c.lr_schedule))
         return plugins
 
     def _class_mean_plugin(self, *, train_rows: bool = True, transport: bool = False) -> ClassMeanPlugin:
