@@ -259,3 +259,10 @@ def test_domains_share_classes(make_strategy: Any, domain_benchmark: Any) -> Non
         strategy.train(experience)
     assert strategy.model.head.n_classes == 3
     assert bool(strategy.model.head.rows.isfinite().all())
+
+
+def test_features_wider_than_tokens_are_refused(make_strategy: Any) -> None:
+    learned = make_strategy("fm_lora", pooling="token_and_mean")
+    learned.model.head.grow([0, 1])
+    with pytest.raises(ValueError, match="features as wide as its tokens"):
+        L2PStrategy(model=learned.merged_model(), evaluator=None)

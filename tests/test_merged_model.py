@@ -37,7 +37,9 @@ def test_merged_model_is_a_plain_vit_with_the_same_logits(
     network = random_network(vit, prompt=prompt, cosine=cosine, pooling=pooling)
     x = images.double()
     expected = network(x)
+    random = torch.get_rng_state()
     merged = merged_vit(network)
+    assert torch.equal(torch.get_rng_state(), random), "what trains afterwards must not depend on it"
     assert type(merged) is (Eva if isinstance(vit, Eva) else VisionTransformer)
     assert not [m for m in merged.modules() if type(m).__module__.startswith("avalanche_fmlora")]
     torch.testing.assert_close(merged(x), expected, rtol=1e-9, atol=1e-9)

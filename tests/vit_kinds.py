@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True, "norm_layer": RmsNorm},
     "scaled_norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
     "dynamic": {"dynamic_img_size": True},
+    "dynamic_padded": {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_size": 6},
     "dynamic_registers": {"dynamic_img_size": True, "reg_tokens": 2, "no_embed_class": True},
     "no_position": {"pos_embed": "none"},
     "pooled_prefix": {"global_pool": "avg", "reg_tokens": 1, "pool_include_prefix": True},

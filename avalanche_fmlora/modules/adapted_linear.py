@@ -119,7 +119,7 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain `nn.Linear` with the merged weight."""
-        linear = nn.Linear(self.in_features, self.out_features, self.base.bias is not None)
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.base.bias is not None)
         linear = linear.to(self.base.weight)
         linear.weight.copy_(self.base.weight + self.delta_weight())
         if self.base.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -190,9 +191,10 @@ def merged_vit(network: ContinualNetwork) -> TimmViT:
     """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
 
     It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
-    network's own, also those of classes never seen. A distilled DeiT becomes a ViT with one register token. Where the
-    network reads token and mean, so does the pooling (`attn_pool`), for images of the model's own size; its features
-    are then twice as wide as timm's `reset_classifier` takes them to be: set `head` yourself for other classes.
+    network's own, also those of classes never seen; no random number is drawn. A distilled DeiT becomes a ViT with one
+    register token. Where the network reads token and mean, so does the pooling (`attn_pool`), for images of the model's
+    own size; its features are then twice as wide as timm's `reset_classifier` takes them to be: set `head` yourself for
+    other classes.
 
     Args:
         network: with any of low-rank updates and prompt.
@@ -228,7 +230,8 @@ def _distilled_to_plain(vit: Any) -> None:
 
 def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
     """Pooling made of torch's own layers: the tokens are a convolution's channels, which fixes how many there are."""
-    prefix, tokens = vit.num_prefix_tokens, vit.num_prefix_tokens + vit.patch_embed.num_patches
+    prefix, patches = vit.num_prefix_tokens, vit.patch_embed
+    tokens = prefix + math.prod(patches.dynamic_feat_size(patches.img_size))  # num_patches leaves out what is padded
     token, mean, own = torch.zeros(3, tokens)
     token[0] = 1
     mean[prefix:] = 1 / (tokens - prefix)
@@ -246,7 +249,7 @@ def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
 
 def _token_sums(weights: Tensor) -> nn.Conv1d:
     """Weights [K, N] -> the map from N tokens [B, N, D] to K weighted sums of them."""
-    sums = nn.Conv1d(weights.shape[1], weights.shape[0], 1, bias=False)
+    sums = nn.utils.skip_init(nn.Conv1d, weights.shape[1], weights.shape[0], 1, bias=False)
     sums.weight = nn.Parameter(weights[..., None])
     return sums
 
@@ -280,7 +283,8 @@ def _plain_head(head: IncrementalHead) -> nn.Module:
     unseen = ~head.seen
     rows = head.prediction_rows() if head.cosine else head.weights()[None]
     count, n_classes = rows.shape[:2]
-    linear = nn.Linear(head.dim, count * n_classes, bias=not head.cosine or bool(unseen.any())).to(rows)
+    biased = not head.cosine or bool(unseen.any())
+    linear = nn.utils.skip_init(nn.Linear, head.dim, count * n_classes, bias=biased).to(rows)
     if linear.bias is not None:
         linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT).repeat(count))
     # RMSNorm without weights is f·√D/‖f‖: with rows s·w/√D behind it the logits are exactly s·f·w/‖f‖.

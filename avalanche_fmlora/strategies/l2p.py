@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, cosines, uniform
-from avalanche_fmlora.modules.vit import TimmViT, forward_tokens, with_complement
+from avalanche_fmlora.modules.vit import TimmViT, feature_dim, forward_tokens, with_complement
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -163,7 +163,17 @@ class L2PStrategy(PromptStrategy):
     config: L2PConfig
 
     def build_network(self, vit: TimmViT) -> ContinualNetwork:
-        """The pool in front of the ViT."""
+        """The pool in front of the ViT.
+
+        Raises:
+            ValueError: for a model whose pooling makes features wider than its tokens.
+        """
+        if (width := feature_dim(vit)) != vit.embed_dim:
+            raise ValueError(
+                "Expected a model with features as wide as its tokens, since L2P's are means of its prompts' outputs, "
+                f"but got {width} for {vit.embed_dim}: make it with another `global_pool` (a merged model: from a "
+                "strategy with pooling='model')."
+            )
         c = self.config
         pool = L2PPool(c.pool_size, c.prompt_length, c.top_k, vit.embed_dim, c.pull_weight, c.batchwise)
         return L2PNetwork(vit, self.build_head(vit), pool, c.prompt_position, c.cache_queries)
