@@ -41,6 +41,8 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
     axes = _as_axes({name: value for name, value in flags if name in (*_AXES, *SINGLE)})
     fields = [(name, value) for name, value in flags if name not in (*_AXES, *SINGLE)]
     shared = {**_as_axes(options), **axes}
+    if "benchmarks" in shared and any(name in ("benchmark", "benchmark.name") for name, _ in fields):
+        raise ValueError("Expected `benchmark` or `benchmarks` but got both: leave one of them out.")
     unique: dict[str, RunConfig] = {}
     for benchmark in _list(shared, "benchmarks", [{}]):
         own = _as_axes(_benchmark(benchmark))

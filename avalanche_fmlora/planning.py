@@ -155,7 +155,9 @@ def plan_line(run: Planned) -> str:
     """One run, what is there of it, and about how long the rest takes."""
     config = run.config
     name = f"{config.label or config.method} on {config.benchmark.name}"
-    own = ", ".join(f"{k}={v}" for k, v in config.method_options.items())
+    benchmark = config.benchmark.model_dump(exclude_defaults=True, exclude={"name", "path", "download"})
+    options = benchmark | config.training.model_dump(exclude_defaults=True) | config.method_options
+    own = ", ".join(f"{k}={v}" for k, v in options.items())
     name += f" ({own})" if own else ""
     where = f"{name}, class order {config.class_order_seed}, seed {config.seed}"
     if run.state in ("finished", "failed"):

@@ -12,7 +12,7 @@ from avalanche_fmlora.backbones import release_backbones
 from avalanche_fmlora.config import RunConfig, by_id, located
 from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
 from avalanche_fmlora.executors.local import InProcess, Processes, check_device
-from avalanche_fmlora.results.record import Record, blank_record, environment, find_record, write_record
+from avalanche_fmlora.results.record import Record, blank_record, check_folder, environment, find_record, write_record
 from avalanche_fmlora.resuming import known_record
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def sweep(
 
     Raises:
         FileNotFoundError: if the data or weights of a run are not there.
+        OSError: if nothing can be written into `folder`.
         ValueError: if the executor can't do what is asked of it, this machine shall run them and lacks the device, or
             a record in the folder is torn, edited or of other weights of the same name, or two runs of different files
             would have one record.
@@ -66,6 +67,8 @@ def sweep(
     known = ((key, known_record(c, folder, data_root, failed=not retry_failed)) for key, c in unique.items())
     done = {key: record for key, record in known if record is not None}
     todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}
+    if todo:
+        check_folder(folder)
     share = executor.threads(len(todo))
 
     def finish(key: str, outcome: Record | RunLost) -> None:

@@ -171,6 +171,8 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
         (["run", "--benchmark", "image_folder"], "benchmark.path"),
         (["run", "--path", "x.zip"], "takes no `path`"),
         (["compare", "--benchmark", "image_folder", "--path", "nowhere.zip"], "There is no nowhere.zip"),
+        (["run", "--out", "afile/x"], "afile/x/records/.writable can't be written (Not a directory): make room"),
+        (["compare", "--methods", "ncm", "--out", "afile"], "afile/records/.writable can't be written"),
         (["run", "--device", "cuda:99"], "finds no cuda:99: it has cpu"),
         (["compare", "--device", "cuda:99"], "A GPU needs a torch with CUDA"),
         (["compare", "--device", "cuda:99", "--dry-run"], "finds no cuda:99"),
@@ -184,6 +186,7 @@ def test_mistakes_are_one_message(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("no folder")
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
     assert message in done.stderr

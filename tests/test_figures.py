@@ -255,6 +255,7 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
     for arguments, message in (
         (["--kind", "all", "--to", "all.png"], f"Expected a folder for {len(KINDS)} figures"),
         (["--to", "a.png", "--format", "svg"], "to end in .svg"),
+        (["--to", "a.jpg"], "to end in .png, .svg or .pdf, or to name a folder, but got a.jpg"),
         (["--methods", "l2p"], "to be among ['fm_lora', 'joint', 'ncm', 'ncm, whitened rows'] but got ['l2p']"),
         (["--kind", "matrix", "--methods", "joint"], "joint training is only at the end"),
     ):

@@ -128,6 +128,11 @@ def test_one_seed_order_or_method_is_an_axis_of_one_value(flags: bool) -> None:
     [
         ({"seed": 1, "seeds": [1]}, [], "Expected `seed` or `seeds` but got both: leave one of them out"),
         ({}, [("method", "ncm"), ("methods", ["ncm"])], "Expected `method` or `methods` but got both"),
+        (
+            {"benchmarks": ["split_glyphs", "uneven_glyphs"]},
+            [("benchmark.name", "domain_glyphs")],
+            "Expected `benchmark` or `benchmarks` but got both",
+        ),
         ({"grid": {"rank": [8, 16]}}, [("rank", 32)], "`rank` is given as one value and varied by `grid`"),
         (
             {"method_options": 5, "methods": ["ncm"]},
@@ -149,6 +154,12 @@ def test_no_method_options_are_none() -> None:
 def test_a_field_of_the_grid_is_given_once() -> None:
     with pytest.raises(ValueError, match=r"--grid rank is given twice: .* with commas between"):
         read_pairs("--grid", ["rank=8", "rank=16"])
+
+
+@pytest.mark.parametrize("text", ["", "0,,1", "8,"])
+def test_a_list_has_no_empty_places(text: str) -> None:
+    with pytest.raises(ValueError, match="Expected values with commas between but got"):
+        read_list(text)
 
 
 @pytest.mark.parametrize("name", ["seed", "class_order_seed", "method"])

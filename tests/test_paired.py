@@ -71,7 +71,10 @@ def test_only_common_class_orders_are_compared_and_the_others_named() -> None:
     assert found["note"] == "on common class orders and seeds only: 1, 2; left out: 0, 3, 4"
     (other,) = [r for r in remarks(records) if "lacks" in r]
     assert "ncm lacks class order 0,3,4 (seed 0)" in other
-    assert "--methods ncm --class-orders 0,3,4 --seeds 0" in other
+    assert "--methods ncm --class-orders 0,3,4 --seeds 0 --retry-failed" in other
+    broken = [make(method="ncm", order=0, error="boom")]
+    assert not [r for r in remarks([*broken, make(method="fm_lora", order=0)]) if "lacks" in r], "it has no mean"
+    assert "with --retry-failed runs them again" in remarks(broken)[-1]
     apart = [make(method="fm_lora", order=0), make(method="ncm", order=1)]
     assert (row(apart, "ncm")["n"], row(apart, "ncm")["difference_mean"]) == (0, None)
 

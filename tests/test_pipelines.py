@@ -15,6 +15,7 @@ from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import GDumbPlugin
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -344,3 +345,31 @@ def test_images_without_a_transform_are_named(make_strategy: Any) -> None:
     (experience,) = benchmark_from_datasets(train=[as_classification_dataset(Pictures((0, 1)))]).train_stream
     with pytest.raises(ValueError, match="Expected images as tensors but got Image: give the data set a transform"):
         make_strategy("fm_lora").train(experience)
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated function update:DeprecationWarning")  # GDumb's own
+@pytest.mark.parametrize("name", ["fm_lora", "linear_probe", "l2p", "sd_lora"])
+def test_a_model_that_starts_anew_on_gdumbs_memory_learns_all_its_classes(
+    name: str, make_strategy: Any, class_benchmark: Any, train: Any
+) -> None:
+    strategy = train(make_strategy(name, plugins=[GDumbPlugin(18)]), class_benchmark, n=3)
+    head = strategy.model.head
+    if strategy.config.classifier == "class_mean":
+        assert head.counts.tolist() == [3] * 6
+    else:  # linear rows start at zero
+        assert (head.rows.norm(dim=-1) > 0).all()
+    if strategy.model.lora is not None:
+        assert int(strategy.model.lora.experiences) == 1
+
+
+def test_joint_training_looks_at_all_task_labels(make_strategy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sets = [
+        _make_taskaware_classification_dataset(Labelled((0, 1)), task_labels=[t] * 12, targets=[0] * 6 + [1] * 6)
+        for t in (0, 1)
+    ]
+    stream = benchmark_from_datasets(train=sets).train_stream
+    for experience in stream:
+        experience.task_labels = [experience.current_experience]
+    strategy = make_strategy("joint")
+    strategy.train(stream)
+    assert "of task 1 were of another task before" in caplog.text

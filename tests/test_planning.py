@@ -130,7 +130,7 @@ def test_the_command_runs_nothing(photos: Path, tmp_path: Path, speeds: list[str
     ]  # fmt: skip
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
-    assert "seq_lora on image_folder, class order 1, seed 0: new, about" in done.output
+    assert "seq_lora on image_folder (n_experiences=2), class order 1, seed 0: new, about" in done.output
     assert "4 runs, 4 to run." in done.output
     assert not (tmp_path / "out").exists()
 

@@ -90,9 +90,18 @@ def read_value(text: str) -> Any:
 
 
 def read_list(text: str) -> list[Any]:
-    """``8,16`` as values; ``[[0, 1], [2]]`` where the values themselves are lists."""
+    """``8,16`` as values; ``[[0, 1], [2]]`` where the values themselves are lists.
+
+    Raises:
+        ValueError: for a place with nothing in it, as an empty shell variable leaves one.
+    """
     value = read_value(text) if text.startswith("[") else None
-    return value if isinstance(value, list) else [read_value(part) for part in text.split(",")]
+    if isinstance(value, list):
+        return value
+    parts = text.split(",")
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"Expected values with commas between but got {text!r}: write null where none is meant.")
+    return [read_value(part) for part in parts]
 
 
 def read_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:

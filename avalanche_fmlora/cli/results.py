@@ -79,6 +79,8 @@ def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: 
         for name, reason in skipped.items():
             click.echo(f"No {name}: {reason}", err=True)
         file = to is not None and to.suffix in (".png", ".svg", ".pdf")
+        if to is not None and to.suffix in (".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp"):
+            raise ValueError(f"Expected --to to end in .png, .svg or .pdf, or to name a folder, but got {to}.")
         if file and len(drawn) > 1:
             raise ValueError(f"Expected a folder for {len(drawn)} figures ({', '.join(drawn)}) but got the file {to}.")
         if file and ending not in (None, to.suffix[1:] if to else None):

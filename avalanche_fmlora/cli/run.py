@@ -35,6 +35,7 @@ def run(
         from avalanche_fmlora.config import located, make_run, read_all, set_option
         from avalanche_fmlora.executors import available_cores
         from avalanche_fmlora.executors.local import check_device
+        from avalanche_fmlora.results.record import check_folder
         from avalanche_fmlora.resuming import known_record
         from avalanche_fmlora.sweep import run_and_write
 
@@ -52,5 +53,6 @@ def run(
             if record is not None:
                 click.echo(f"It failed before ({record['error']}) and is run again.", err=True)
             config = located(config, data_root)
+            check_folder(out / "records")
             record = run_and_write(config, out / "records", device, threads or available_cores(), progress=True)
         show([record], out, "Once that is mended, the same command runs it again.")

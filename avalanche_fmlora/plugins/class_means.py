@@ -64,7 +64,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         self._before: Tensor | None = None
         self._moved: list[Tensor] = []
 
-    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+    def on_begin(self, strategy: Any, **kwargs: Any) -> None:
         """One pass, where rows of the past are to follow: features by the model that wrote them."""
         head = strategy.model.head
         classes = [c for c in strategy.training_classes() if c < head.n_classes]

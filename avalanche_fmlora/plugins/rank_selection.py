@@ -83,7 +83,7 @@ class RankSelectionPlugin(SupervisedPlugin):
             selector = RankSelector(lora.rank, self.candidates, self.sigma, groups, self.seed)
             strategy.model.selector = selector.to(strategy.device)
 
-    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+    def on_begin(self, strategy: Any, **kwargs: Any) -> None:
         """Data and experience are set, the model has not grown: measure, and set the prior."""
         self.attach(strategy)
         lora = strategy.model.lora

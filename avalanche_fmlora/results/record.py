@@ -5,6 +5,7 @@ The shape is in :mod:`avalanche_fmlora.results.schema`. This module imports noth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,6 +45,7 @@ __all__ = [
     "Record",
     "Seeds",
     "blank_record",
+    "check_folder",
     "environment",
     "file_name",
     "find_record",
@@ -192,17 +194,30 @@ def find_record(folder: str | Path, config: Mapping[str, Any], *, failed: bool =
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
     """Write bytes, or text as UTF-8, beside `path`, flush, then rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        told = f"{path} can't be written ({error.strerror}): make room, or name another folder"
+        raise OSError(error.errno, told) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder for records and write into it once, before hours are spent on what goes there.
+
+    Raises:
+        OSError: if that can't be done.
+    """
+    write_atomically(folder / ".writable", "").unlink(missing_ok=True)
 
 
 def _refuse_constant(name: str) -> None:

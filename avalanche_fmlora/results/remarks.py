@@ -31,7 +31,7 @@ def remarks(records: Iterable[Record]) -> list[str]:
     if failed:
         notes.append(
             f"Failed, and in no mean: {_files(failed)}. `fmlora table --csv-to FOLDER` writes their errors into "
-            "runs.csv; the same `fmlora compare` runs them again."
+            "runs.csv; the same `fmlora compare` with --retry-failed runs them again."
         )
     return notes
 
@@ -81,12 +81,15 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 def _missing(group: Sequence[Run], protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
     first = group[0]
-    wanted = {run.pair for run in protocols[first.benchmark, first.protocol_id]}
-    missing = sorted(wanted - {run.pair for run in group if run.finished}, key=pair_key)
-    if not missing:
+    wanted = {run.pair for run in protocols[first.benchmark, first.protocol_id] if run.finished}
+    own = {run.pair for run in group if run.finished}
+    missing = sorted(wanted - own, key=pair_key)
+    if not own or not missing:  # with no run that finished there is no mean
         return []
     orders, seeds = (",".join(str(v) for v in dict.fromkeys(values)) for values in zip(*missing, strict=True))
     command = f"fmlora compare --methods {first.record['config']['method']} --class-orders {orders} --seeds {seeds}"
+    if any(run.pair in missing for run in group):
+        command += " --retry-failed"
     return [
         f"{first.benchmark}: {first.name} lacks class order {orders} (seed {seeds}), which other methods have, so its "
         "mean is over other runs than theirs; paired differences use the common ones. "

@@ -13,6 +13,7 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates.base import BaseTemplate
+from avalanche.training.utils import trigger_plugins
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules import functional
@@ -108,6 +109,8 @@ class ContinualStrategy(Trained, DataLoading):
         self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
         self._features_of()
         self._current: Any = None
+        self._training_set: Any = None
+        self._training_classes: list[int] = []
         self._at_start: tuple[Tensor, Tensor] | None = None
         self._unscaled: list[tuple[dict[str, Any], float]] = []
         self._task_labels = TaskLabels()
@@ -200,13 +203,30 @@ class ContinualStrategy(Trained, DataLoading):
         with self._autocast():
             return self.model.features_before(images).float()
 
+    def training_experiences(self) -> list[Any]:
+        """What trains at once: the current experience; a joint method has them all."""
+        return [self.experience]
+
     def training_dataset(self) -> Any:
-        """The current experience's training images with the evaluation transform."""
-        return self.experience.dataset.eval()
+        """The images that train, with the evaluation transform: the experience's, or what a plugin puts in their place.
+
+        A plugin does so if it brings classes that the head does not know: GDumb's memory, with which the model starts
+        anew. Samples of known classes beside the experience's own, as replay has them, only train.
+        """
+        return (self.experience.dataset if self._training_set is None else self._training_set).eval()
 
     def training_classes(self) -> list[int]:
-        """Classes of the current training experience."""
-        return _classes_of(self.experience)
+        """Classes of these images."""
+        return self._training_classes
+
+    def _take_training_set(self) -> None:
+        experiences = self.training_experiences()
+        own = {c for e in experiences for c in _classes_of(e)}
+        given = {int(c) for c in self.adapted_dataset.targets}
+        known = set(self.model.head.seen.nonzero().flatten().tolist())
+        replaced = bool(given - own - known)
+        self._training_classes = sorted(given if replaced else own)
+        self._training_set = self.adapted_dataset if replaced or len(experiences) > 1 else self.experience.dataset
 
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES.get(self.config.precision)
@@ -236,24 +256,27 @@ class ContinualStrategy(Trained, DataLoading):
     # Avalanche's template
 
     def model_adaptation(self, model: ContinualNetwork | None = None) -> ContinualNetwork:
-        """Training on a new experience opens it; evaluation only makes room for class indices."""
+        """Training on a new experience opens it in the strategy's own model; else this only makes room for classes."""
         network = self.model if model is None else model
-        classes = self.training_classes() if self.is_training else _classes_of(self.experience)
-        if self.is_training and self.experience is not self._current:
+        if self.is_training and network is self.model and self.experience is not self._current:
             self._current = self.experience
-            self._task_labels.check(self.experience, classes)
-            network.begin(classes)
+            for experience in self.training_experiences():
+                self._task_labels.check(experience, _classes_of(experience))
+            network.begin(self.training_classes())
         else:
-            network.head.grow(classes)
+            network.head.grow(_classes_of(self.experience))
         return network.to(self.device)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Adapt the model, then point the optimizer at what trains now.
 
-        Each part of an online stream is an experience of its own, whether its boundaries are known or not.
+        Each part of an online stream is an experience of its own, whether its boundaries are known or not. Just before,
+        with data, experience and model as they will be, plugins have their `on_begin`.
         """
         assert self.experience is not None
         self._current = None
+        self._take_training_set()
+        trigger_plugins(self, "on_begin", **kwargs)
         self.model = self.model_adaptation()
         self.make_optimizer()
         if not self.model.begin_keeps_features:
@@ -333,6 +356,10 @@ class ContinualStrategy(Trained, DataLoading):
         super()._before_training_exp(**kwargs)
         self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
+
+    def _train_cleanup(self) -> None:
+        super()._train_cleanup()
+        self._training_set = None
 
     # Going on
 

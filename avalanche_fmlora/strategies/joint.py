@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from avalanche.benchmarks.utils.utils import concat_datasets
 from pydantic import Field
 
-from avalanche_fmlora.strategies.base import _classes_of
 from avalanche_fmlora.strategies.registry import register
 from avalanche_fmlora.strategies.seq_lora import SeqLoRAConfig, SeqLoRAStrategy
 
@@ -51,14 +50,10 @@ class JointStrategy(SeqLoRAStrategy):
         self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
         return super().train(self._experiences[0], eval_streams, **kwargs)
 
+    def training_experiences(self) -> list[Any]:
+        """All of them."""
+        return self._experiences
+
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """All training sets, one behind the other."""
         self.adapted_dataset = concat_datasets([e.dataset for e in self._experiences]).train()
-
-    def training_dataset(self) -> Any:
-        """All training images with the evaluation transform."""
-        return concat_datasets([e.dataset for e in self._experiences]).eval()
-
-    def training_classes(self) -> list[int]:
-        """All classes."""
-        return sorted({c for e in self._experiences for c in _classes_of(e)})
