@@ -217,12 +217,12 @@ class ContinualStrategy(Trained, DataLoading):
 
     def training_classes(self) -> list[int]:
         """Classes of these images."""
-        return self._training_classes
+        return _classes_of(self.experience) if self._training_set is None else self._training_classes
 
     def _take_training_set(self) -> None:
         experiences = self.training_experiences()
         own = {c for e in experiences for c in _classes_of(e)}
-        given = {int(c) for c in self.adapted_dataset.targets}
+        given = _labels_in(self.adapted_dataset)
         known = set(self.model.head.seen.nonzero().flatten().tolist())
         replaced = bool(given - own - known)
         self._training_classes = sorted(given if replaced else own)
@@ -386,6 +386,9 @@ _TEMPLATE_ARGUMENTS = tuple(
 def _classes_of(experience: Any) -> list[int]:
     """Classes of an experience, which Avalanche gives as a list or a set, or, without a class timeline, not at all."""
     classes = getattr(experience, "classes_in_this_experience", None)
-    if classes is None:
-        classes = set(experience.dataset.targets)
-    return sorted(int(c) for c in classes)
+    return sorted(_labels_in(experience.dataset) if classes is None else {int(c) for c in classes})
+
+
+def _labels_in(dataset: Any) -> set[int]:
+    """Labels that occur, which Avalanche's data sets know without reading all of them."""
+    return {int(c) for c in getattr(dataset.targets, "uniques", dataset.targets)}
