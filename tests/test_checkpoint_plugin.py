@@ -144,7 +144,7 @@ def test_a_folder_with_another_runs_checkpoints_is_left_alone(
 def test_another_backbone_is_refused(
     make_vit: Any, make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
 ) -> None:
-    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)], train_epochs=1), class_benchmark, n=1)
+    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)]), class_benchmark, n=1)
     plugin = CheckpointPlugin(tmp_path)
     with pytest.raises(ValueError, match="something else: it has backbone = "):
         plugin.resume(make_strategy("seq_lora", make_vit(seed=1), plugins=[plugin]))
@@ -153,7 +153,7 @@ def test_another_backbone_is_refused(
 def test_other_plugins_and_metrics_are_refused(
     make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
 ) -> None:
-    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)], train_epochs=1), class_benchmark, n=1)
+    train(make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)]), class_benchmark, n=1)
     plugin = CheckpointPlugin(tmp_path)
     with pytest.raises(ValueError, match=r"with the metrics \[\] but this one has \['EpochAccuracy'"):
         plugin.resume(make_strategy("seq_lora", plugins=[plugin], evaluator=_evaluator()))
@@ -253,3 +253,43 @@ def test_half_of_a_metric_is_worse_than_a_new_one(
         strategy.eval(class_benchmark.test_stream)
     assert strategies == [0, 1]
     assert "The metric Top1_AMCA_Stream" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "l2p", "linear_probe"])
+def test_killed_in_an_evaluation_it_ends_with_the_same_model(
+    name: str, make_strategy: Any, class_benchmark: Any, images: Any, tmp_path: Path
+) -> None:
+    class InEval(SupervisedPlugin):
+        checkpointed = False
+
+        def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_counter == 2:
+                raise KeyboardInterrupt
+
+    def run(folder: Path, *plugins: Any) -> Any:
+        checkpoints = CheckpointPlugin(folder)
+        strategy = make_strategy(name, train_epochs=1, plugins=[checkpoints, *plugins])
+        torch.manual_seed(0)
+        for experience in class_benchmark.train_stream[checkpoints.resume(strategy) :]:
+            strategy.train(experience)
+            strategy.eval(class_benchmark.test_stream)
+        return strategy.model.eval()(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", InEval())
+    assert torch.equal(run(tmp_path / "killed"), run(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"optimizer": "sgd"}, "optimizer"), ({"train_epochs": 3}, "epochs"), ({"lr_head": 0.5}, "lr_head")],
+)
+def test_a_strategy_that_trains_otherwise_is_refused(
+    changed: dict[str, Any], said: str, make_strategy: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    def build(**options: Any) -> Any:
+        return make_strategy("seq_lora", plugins=[CheckpointPlugin(tmp_path)], **{"train_epochs": 1, **options})
+
+    build().train(class_benchmark.train_stream[0])
+    with pytest.raises(ValueError, match=f"(?s){said}.*build the strategy as the one that was saved"):
+        CheckpointPlugin(tmp_path).resume(build(**changed))

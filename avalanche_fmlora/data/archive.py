@@ -252,9 +252,7 @@ def _place(folders: tuple[str, ...]) -> tuple[str, str, str] | None:
 
 
 def _wrapping_depth(source: Source) -> int:
-    """1 if everything in a zip but loose files is in one folder that is no split, else 0 (one domain is none)."""
-    if not source.is_zip:
-        return 0
+    """1 if everything but loose files is in one folder that is no split, else 0 (one domain is none)."""
     tops = {e.parts[0] for e in source.entries if len(e.parts) > 1} | {f.split("/")[0] for f in source.folders}
     return int(len(tops) == 1 and not tops & set(SPLITS))
 

@@ -14,7 +14,7 @@ class CheckpointPlugin(SupervisedPlugin):
     """Saves after each experience what going on with the next one needs, without the backbone.
 
     A script that begins with :meth:`resume` and calls `train` once an experience can be stopped or killed at any time
-    and started again: it ends with the same numbers, on a CPU to the bit, as one that was never stopped.
+    and started again: it ends with the same model, on a CPU to the bit, as one that was never stopped.
 
     >>> import tempfile, timm
     >>> from avalanche_fmlora import SeqLoRAStrategy
@@ -25,7 +25,8 @@ class CheckpointPlugin(SupervisedPlugin):
     0
 
     It is written when training on an experience ends, and again when an evaluation after it ends, so that it knows what
-    the metrics know. Killed in between, a run goes on with the next experience, without that evaluation.
+    the metrics know. Killed in between, a run goes on with the next experience, and the metrics lack that evaluation:
+    call `eval` when `resume` has returned, if it may have been broken off.
 
     Args:
         folder: of this run's checkpoints and nothing else; made with the first one.

@@ -223,6 +223,10 @@ class ContinualStrategy(Trained, DataLoading):
         experiences = self.training_experiences()
         own = {c for e in experiences for c in _classes_of(e)}
         given = _labels_in(self.adapted_dataset)
+        if min(own | given, default=0) < 0:
+            raise ValueError(
+                f"Expected class indices from 0 but got {min(own | given)}: leave images without a class out."
+            )
         known = set(self.model.head.seen.nonzero().flatten().tolist())
         replaced = bool(given - own - known)
         self._training_classes = sorted(given if replaced else own)
@@ -372,7 +376,7 @@ class ContinualStrategy(Trained, DataLoading):
         load_training_state(self, state)
 
     def training_identity(self) -> dict[str, Any]:
-        """What two strategies must share for one to take the other's training state: method, options, backbone."""
+        """What two strategies must share for one to take the other's training state: see :mod:`training_state`."""
         return training_identity(self)
 
 

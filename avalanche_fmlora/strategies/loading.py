@@ -46,9 +46,10 @@ class DataLoading(SupervisedTemplate):
             self.dataloader = self._loader(items, **arguments)
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
-        """Arguments as in Avalanche, passed to ``eval``."""
+        """Arguments as in Avalanche, passed to ``eval``, which draws nothing from the generator of training."""
         super().make_eval_dataloader(**kwargs)
         self._wrap(seeded=False)
+        self.dataloader.loader_kwargs["generator"] = torch.Generator()
 
     def training_epoch(self, **kwargs: Any) -> None:
         """Avalanche's epoch, with seeds for its items and a clock at its loader."""

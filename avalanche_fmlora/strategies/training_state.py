@@ -74,11 +74,18 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
 
 
 def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
-    """What a checkpoint of a strategy is only good for: method, options, and the backbone's weights."""
+    """What a checkpoint of a strategy is only good for: method, options, how it trains, and the backbone's weights."""
     tensors = strategy.model.vit.state_dict()
     weights = {name.replace(".base.", "."): tensors[name] for name in backbone_parameter_names(strategy.model.vit)}
     config = strategy.config.model_dump(mode="json")
-    return {"method": strategy.method, "options": config, "backbone": state_sha256(weights)}
+    training = {
+        "epochs": strategy.train_epochs,
+        "batch_size": strategy.train_mb_size,
+        "optimizer": type(strategy.optimizer).__name__,
+        "rates": [group["lr"] for group in strategy.optimizer.param_groups],
+        "criterion": type(strategy._criterion).__name__,
+    }
+    return {"method": strategy.method, "options": config, "training": training, "backbone": state_sha256(weights)}
 
 
 def _model_state(model: ContinualNetwork) -> dict[str, Any]:

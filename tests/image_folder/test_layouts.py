@@ -48,10 +48,11 @@ def test_zip_folder_and_wrapped_zip_agree(tmp_path: Path, build: Any) -> None:
         pack(tmp_path / "pets.zip", files),
         pack(tmp_path / "wrapped.zip", wrapped),
         pack(tmp_path / "dotted.zip", dotted),
+        write(tmp_path / "unpacked", {f"pets/{k}": v for k, v in files.items()}),
     ]
     infos = [build(p, n_experiences=4).info for p in paths]
     assert len({i.split_hash for i in infos}) == 1
-    assert [i.name for i in infos] == ["pets", "pets", "wrapped", "dotted"]
+    assert [i.name for i in infos] == ["pets", "pets", "wrapped", "dotted", "unpacked"]
     assert infos[1].extra["source"] == "pets.zip"
 
 
