@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,25 @@ def test_models_that_cannot_be_adapted_are_named(make_vit: Callable[..., Any]) -
     adapt_linears(vit, ("q",), (0,), 2, 1.0)
     with pytest.raises(ValueError, match=r"not adapted yet.*pass a fresh timm model"):
         check_vit(vit)
+
+
+def test_updates_that_move_another_strategys_features_are_told(
+    make_strategy: Any, make_vit: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_vit()
+    first = [make_strategy(method, vit=model) for method in ("ncm", "l2p")]
+    make_strategy("fm_lora", vit=copy.deepcopy(model))
+    assert not caplog.text, "what only reads a model can share it"
+    make_strategy("fm_lora", vit=model)
+    assert caplog.text.count("already serves another strategy") == 1
+    assert "copy.deepcopy(model)" in caplog.text
+    caplog.clear()
+    model = make_vit()
+    first = [make_strategy("ncm", vit=model)]
+    del first
+    gc.collect()
+    make_strategy("fm_lora", vit=model)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

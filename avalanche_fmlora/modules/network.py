@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -19,6 +21,9 @@ from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
 from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, freeze, pooling_complement, pools_prefix
 
+_LOG = logging.getLogger(__name__)
+_NETWORKS_OF: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[ContinualNetwork]] = weakref.WeakKeyDictionary()
+
 
 class ContinualNetwork(nn.Module):
     """Frozen ViT + optional low-rank updates + optional shared prompt + head.
@@ -27,7 +32,7 @@ class ContinualNetwork(nn.Module):
     experience, `parameter_groups` says what trains, `extra_loss` adds to the loss.
 
     Args:
-        vit: frozen here; the user's own object, adapted in place.
+        vit: frozen here; the user's own object, adapted in place (with a warning if another network has it, too).
         head: the classifier.
         lora: the low-rank updates put into `vit`, or None.
         prompt: tokens at the input, or None.
@@ -55,6 +60,13 @@ class ContinualNetwork(nn.Module):
         self.selector: RankSelector | None = None
         self.last_features: Tensor | None = None
         self._backbone = frozenset(f"vit.{name}" for name in backbone_parameter_names(vit))
+        others = _NETWORKS_OF.setdefault(vit, weakref.WeakSet())
+        if lora is not None and others:
+            _LOG.warning(
+                "This model already serves another strategy, whose features will move with the updates that are put "
+                "into it now: give each strategy its own copy.deepcopy(model), unless the other is done with."
+            )
+        others.add(self)
 
     def train(self, mode: bool = True) -> ContinualNetwork:
         """The frozen ViT stays in evaluation mode: no dropout, no stochastic depth in features or queries."""
