@@ -373,9 +373,3 @@ def test_joint_training_looks_at_all_task_labels(make_strategy: Any, caplog: pyt
     strategy = make_strategy("joint")
     strategy.train(stream)
     assert "of task 1 were of another task before" in caplog.text
-
-
-def test_a_negative_class_is_refused(make_strategy: Any) -> None:
-    stream = benchmark_from_datasets(train=[as_classification_dataset(Labelled((-1, 0)))]).train_stream
-    with pytest.raises(ValueError, match="class indices from 0 but got -1"):
-        make_strategy("ncm").train(stream[0])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, LinearT
 from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
+from avalanche_fmlora.modules.images import check_images
 from avalanche_fmlora.modules.prefixes import Prefixes, prefixed
 from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
@@ -80,6 +81,9 @@ def forward_tokens(
 
     Returns:
         The tokens [B, N, D] without the prompt's, and the prompt's outputs [B, L, D] or None.
+
+    Raises:
+        ValueError: for images that the model can't embed, see :func:`~avalanche_fmlora.modules.images.check_images`.
     """
     with prefixed(vit, prefixes or {}):
         x, rotations = _embedded(vit, images)
@@ -98,6 +102,7 @@ def forward_tokens(
 
 def _embedded(vit: TimmViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, N, D] at the input, and the rotary position of patch tokens: sine and cosine, [..., P, 2d]."""
+    check_images(vit, images)
     x = vit.patch_embed(images)
     if isinstance(vit, Eva):
         tokens, rotations = vit._pos_embed(x)

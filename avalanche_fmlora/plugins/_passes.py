@@ -41,6 +41,18 @@ def chosen_images(strategy: Any, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def training_features(strategy: Any, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features [M, D] (float32) and labels [M] of the current experience under the model as it is."""
+    """Features [M, D] (float32) and labels [M] of the current experience under the model as it is.
+
+    Raises:
+        ValueError: if some are not finite, from which nothing could be learned any more.
+    """
     pairs = [(strategy.features(x).float(), y) for x, y in training_images(strategy, limit)]
-    return torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])
+    features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    broken = int((~features.isfinite()).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"Expected finite features but those of {broken} of {len(features)} training images are not: if it is all "
+            "of them, training diverged (lower the learning rates, or set `clip_grad_norm`) or numbers overflow (use "
+            "precision='bf16' or 'fp32'); else look for NaN or infinity in these images."
+        )
+    return features, labels

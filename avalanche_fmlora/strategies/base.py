@@ -395,4 +395,8 @@ def _classes_of(experience: Any) -> list[int]:
 
 def _labels_in(dataset: Any) -> set[int]:
     """Labels that occur, which Avalanche's data sets know without reading all of them."""
-    return {int(c) for c in getattr(dataset.targets, "uniques", dataset.targets)}
+    labels = [getattr(c, "item", lambda c=c: c)() for c in getattr(dataset.targets, "uniques", dataset.targets)]
+    broken = [c for c in labels if not isinstance(c, int)]
+    if broken:
+        raise ValueError(f"Expected class indices as integers but got {broken[0]!r}: give the data set int64 labels.")
+    return set(labels)

@@ -20,7 +20,7 @@ from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
 from avalanche_fmlora.modules.dual_gpm import InputMoments, design_down, update_memory
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import Target, TimmViT, replace_linears
-from avalanche_fmlora.plugins._passes import training_images
+from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig, Structural
 from avalanche_fmlora.strategies.registry import register
@@ -178,8 +178,7 @@ class InfLoRAPlugin(SupervisedPlugin):
 @torch.no_grad()
 def _moments(strategy: Any) -> list[Tensor]:
     with InputMoments(strategy.model.lora.layers) as moments:
-        for images, _ in training_images(strategy):
-            strategy.features(images)
+        training_features(strategy)
     return moments.values()
 
 
