@@ -6,11 +6,12 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from avalanche.core import BasePlugin
-from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates.base import BaseTemplate
 from avalanche.training.utils import trigger_plugins
@@ -25,16 +26,18 @@ from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.loading import DataLoading
-from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer, refresh_optimizer
+from avalanche_fmlora.strategies.optimization import Optimization
+from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer
 from avalanche_fmlora.strategies.task_labels import TaskLabels
 from avalanche_fmlora.strategies.trained import Trained
+from avalanche_fmlora.strategies.training_set import TrainingSet, classes_of
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ContinualStrategy(Trained, DataLoading):
+class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
@@ -48,7 +51,7 @@ class ContinualStrategy(Trained, DataLoading):
         options: fields of the configuration class, as ``rank=16``.
 
     Raises:
-        ValueError: for a model that can't be adapted, or an unknown or invalid option.
+        ValueError: for a model that can't be adapted, an unknown or invalid option, or batches and epochs of no size.
     """
 
     method: ClassVar[str]
@@ -84,6 +87,11 @@ class ContinualStrategy(Trained, DataLoading):
                 "Expected a criterion without label smoothing while the loss leaves out classes (their logits are −∞): "
                 "use loss_classes='seen' or label_smoothing=0."
             )
+        counts = {"train_mb_size": train_mb_size, "eval_mb_size": eval_mb_size, "train_epochs": train_epochs}
+        for name, count in counts.items():
+            least = int(name != "train_epochs")
+            if not isinstance(count, Integral) or count < least:
+                raise ValueError(f"Expected `{name}` to be a whole number from {least} but got {count!r}.")
         vit = check_vit(model).to(device)
         chosen = make_optimizer(optimizer, self.config, self.rates())  # may refuse: before the model is changed
         with torch.random.fork_rng(devices=[]):
@@ -109,10 +117,9 @@ class ContinualStrategy(Trained, DataLoading):
         self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
         self._features_of()
         self._current: Any = None
-        self._training_set: Any = None
-        self._training_classes: list[int] = []
+        self._training_classes = []
         self._at_start: tuple[Tensor, Tensor] | None = None
-        self._unscaled: list[tuple[dict[str, Any], float]] = []
+        self._unscaled = []
         self._task_labels = TaskLabels()
         self.resources: list[dict[str, int]] = []
 
@@ -203,59 +210,9 @@ class ContinualStrategy(Trained, DataLoading):
         with self._autocast():
             return self.model.features_before(images).float()
 
-    def training_experiences(self) -> list[Any]:
-        """What trains at once: the current experience; a joint method has them all."""
-        return [self.experience]
-
-    def training_dataset(self) -> Any:
-        """The images that train, with the evaluation transform: the experience's, or what a plugin puts in their place.
-
-        A plugin does so if it brings classes that the head does not know: GDumb's memory, with which the model starts
-        anew. Samples of known classes beside the experience's own, as replay has them, only train.
-        """
-        return (self.experience.dataset if self._training_set is None else self._training_set).eval()
-
-    def training_classes(self) -> list[int]:
-        """Classes of these images."""
-        return _classes_of(self.experience) if self._training_set is None else self._training_classes
-
-    def _take_training_set(self) -> None:
-        experiences = self.training_experiences()
-        own = {c for e in experiences for c in _classes_of(e)}
-        given = _labels_in(self.adapted_dataset)
-        if min(own | given, default=0) < 0:
-            raise ValueError(
-                f"Expected class indices from 0 but got {min(own | given)}: leave images without a class out."
-            )
-        known = set(self.model.head.seen.nonzero().flatten().tolist())
-        replaced = bool(given - own - known)
-        self._training_classes = sorted(given if replaced else own)
-        self._training_set = self.adapted_dataset if replaced or len(experiences) > 1 else self.experience.dataset
-
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES.get(self.config.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def scale_rate(self, group: str, factor: float) -> None:
-        """Multiply a group's learning rate, for the current experience only.
-
-        An optimizer without a group of that name keeps its rates, and a warning says so.
-        """
-        named = [g for g in self.optimizer.param_groups if g.get("name") == group]
-        if not named:
-            _LOG.warning(
-                "The optimizer has no group named %r, whose rate was to be multiplied by %g: it trains at "
-                "its full rate. Pass a function of groups as `optimizer`, or groups that have a `name`.",
-                group,
-                factor,
-            )
-        for g in named:
-            self._unscaled.append((g, g["lr"]))
-            g["lr"] = g["lr"] * factor
-
-    def has_scheduler(self) -> bool:
-        """Whether the user schedules the rates: by a plugin, or by an optimizer of their own."""
-        return self._passes_optimizer or any(isinstance(p, LRSchedulerPlugin) for p in self.plugins)
 
     # Avalanche's template
 
@@ -265,10 +222,10 @@ class ContinualStrategy(Trained, DataLoading):
         if self.is_training and network is self.model and self.experience is not self._current:
             self._current = self.experience
             for experience in self.training_experiences():
-                self._task_labels.check(experience, _classes_of(experience))
+                self._task_labels.check(experience, classes_of(experience))
             network.begin(self.training_classes())
         else:
-            network.head.grow(_classes_of(self.experience))
+            network.head.grow(classes_of(self.experience))
         return network.to(self.device)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
@@ -285,15 +242,6 @@ class ContinualStrategy(Trained, DataLoading):
         self.make_optimizer()
         if not self.model.begin_keeps_features:
             self._at_start = None
-
-    def make_optimizer(self, **kwargs: Any) -> None:
-        """Same optimizer, same groups, fresh state, only trainable tensors."""
-        for group, rate in reversed(self._unscaled):
-            group["lr"] = rate
-        self._unscaled.clear()
-        groups = self.model.parameter_groups()
-        refresh_optimizer(self.optimizer, self.model, groups)
-        self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}
 
     def forward(self) -> Tensor:
         """Logits of the mini-batch, float32."""
@@ -329,22 +277,6 @@ class ContinualStrategy(Trained, DataLoading):
         extra = self.model.extra_loss()
         return loss if extra is None else loss + extra
 
-    def backward(self) -> None:
-        """Scaled in fp16; nothing to do where nothing trains."""
-        if self.loss.requires_grad:
-            self._scaler.scale(self.loss).backward(retain_graph=self.retain_graph)
-
-    def optimizer_step(self) -> None:
-        """Clip if asked, then step."""
-        if not self.loss.requires_grad:
-            return
-        if self.config.clip_grad_norm is not None:
-            self._scaler.unscale_(self.optimizer)
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-
     def features_at_start(self) -> tuple[Tensor, Tensor]:
         """Features [M, D] and labels [M] of the experience that begins, before it trains.
 
@@ -360,10 +292,6 @@ class ContinualStrategy(Trained, DataLoading):
         super()._before_training_exp(**kwargs)
         self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
-
-    def _train_cleanup(self) -> None:
-        super()._train_cleanup()
-        self._training_set = None
 
     # Going on
 
@@ -385,18 +313,3 @@ ContinualStrategy.__init__ = ContinualStrategy.__init__.__wrapped__  # type: ign
 _TEMPLATE_ARGUMENTS = tuple(
     name for name, p in inspect.signature(ContinualStrategy.__init__).parameters.items() if p.kind == p.KEYWORD_ONLY
 )
-
-
-def _classes_of(experience: Any) -> list[int]:
-    """Classes of an experience, which Avalanche gives as a list or a set, or, without a class timeline, not at all."""
-    classes = getattr(experience, "classes_in_this_experience", None)
-    return sorted(_labels_in(experience.dataset) if classes is None else {int(c) for c in classes})
-
-
-def _labels_in(dataset: Any) -> set[int]:
-    """Labels that occur, which Avalanche's data sets know without reading all of them."""
-    labels = [getattr(c, "item", lambda c=c: c)() for c in getattr(dataset.targets, "uniques", dataset.targets)]
-    broken = [c for c in labels if not isinstance(c, int)]
-    if broken:
-        raise ValueError(f"Expected class indices as integers but got {broken[0]!r}: give the data set int64 labels.")
-    return set(labels)

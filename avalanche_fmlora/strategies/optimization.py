@@ -1,0 +1,72 @@
+"""How strategies step: one optimizer that follows what trains, rates of one experience, half precision, clipping."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from avalanche.training.plugins import LRSchedulerPlugin
+from avalanche.training.templates import SupervisedTemplate
+from torch import nn
+
+from avalanche_fmlora.modules.network import ContinualNetwork
+from avalanche_fmlora.strategies.optimizers import refresh_optimizer
+
+_LOG = logging.getLogger(__name__)
+
+
+class Optimization(SupervisedTemplate):
+    """The part of :class:`strategies.base.ContinualStrategy` that has to do with its optimizer."""
+
+    model: ContinualNetwork
+    config: Any
+    _passes_optimizer: bool
+    _scaler: torch.amp.GradScaler
+    _unscaled: list[tuple[dict[str, Any], float]]
+
+    def scale_rate(self, group: str, factor: float) -> None:
+        """Multiply a group's learning rate, for the current experience only.
+
+        An optimizer without a group of that name keeps its rates, and a warning says so.
+        """
+        named = [g for g in self.optimizer.param_groups if g.get("name") == group]
+        if not named:
+            _LOG.warning(
+                "The optimizer has no group named %r, whose rate was to be multiplied by %g: it trains at "
+                "its full rate. Pass a function of groups as `optimizer`, or groups that have a `name`.",
+                group,
+                factor,
+            )
+        for g in named:
+            self._unscaled.append((g, g["lr"]))
+            g["lr"] = g["lr"] * factor
+
+    def has_scheduler(self) -> bool:
+        """Whether the user schedules the rates: by a plugin, or by an optimizer of their own."""
+        return self._passes_optimizer or any(isinstance(p, LRSchedulerPlugin) for p in self.plugins)
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Same optimizer, same groups, fresh state, only trainable tensors."""
+        for group, rate in reversed(self._unscaled):
+            group["lr"] = rate
+        self._unscaled.clear()
+        groups = self.model.parameter_groups()
+        refresh_optimizer(self.optimizer, self.model, groups)
+        self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}
+
+    def backward(self) -> None:
+        """Scaled in fp16; nothing to do where nothing trains."""
+        if self.loss.requires_grad:
+            self._scaler.scale(self.loss).backward(retain_graph=self.retain_graph)
+
+    def optimizer_step(self) -> None:
+        """Clip if asked, then step."""
+        if not self.loss.requires_grad:
+            return
+        if self.config.clip_grad_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
