@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from twins import adam, step, tokens
 
 from avalanche_fmlora.strategies.coda_prompt import CODAPromptPool, CODAPromptStrategy, orthonormal_rows
 
@@ -24,7 +25,7 @@ class Reference:
 
     def query(self, image: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.tokens(image, {})[0]
+            return tokens(self.vit, image, {})[0]
 
     def weight(self, query: Tensor, block: int, m: int) -> Tensor:
         attended, key = query * self.attention_vectors[block][m], self.keys[block][m]
@@ -37,7 +38,7 @@ class Reference:
             for m in range(components):
                 prompt = prompt + self.weight(query, block, m) * self.prompts[block][m]
             prefixes[block] = (prompt[: LENGTH // 2], prompt[LENGTH // 2 :])
-        return self.tokens(image, prefixes)[0]
+        return tokens(self.vit, image, prefixes)[0]
 
     def penalty(self, components: int) -> Tensor:
         total = torch.zeros((), dtype=self.keys.dtype)
@@ -47,47 +48,6 @@ class Reference:
                     for n in range(components):
                         total = total + ((rows[m] * rows[n]).sum() - int(m == n)) ** 2 / components**2
         return total
-
-    def tokens(self, image: Tensor, prefixes: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        patches = self.vit.patch_embed.proj(image[None])[0].flatten(1).T
-        x = torch.stack([self.vit.cls_token[0, 0], *patches]) + self.vit.pos_embed[0]
-        for i, block in enumerate(self.vit.blocks):
-            x = x + self.attend(block.attn, block.norm1(x), prefixes.get(i))
-            x = x + block.mlp(block.norm2(x))
-        return self.vit.norm(x)
-
-    def attend(self, attn: Any, x: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = (attn.qkv.weight @ x.T + attn.qkv.bias[:, None]).T.split(DIM, dim=1)
-        if prefix is not None:
-            k, v = torch.cat([prefix[0], k]), torch.cat([prefix[1], v])
-        size, heads = DIM // attn.num_heads, []
-        for h in range(attn.num_heads):
-            part = slice(h * size, (h + 1) * size)
-            heads.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=1) @ v[:, part])
-        return attn.proj(torch.cat(heads, dim=1))
-
-
-def step(strategy: Any, images: Tensor, labels: Tensor) -> float:
-    """One training step through the strategy's own methods, in the type of its model."""
-    strategy.is_training = True
-    strategy.model.train()
-    strategy.mbatch = [images, labels, torch.zeros_like(labels)]
-    strategy.mb_output = strategy.forward()
-    strategy.loss = strategy.criterion()
-    strategy.optimizer.zero_grad()
-    strategy.backward()
-    strategy.optimizer_step()
-    return strategy.loss.item()
-
-
-def adam(params: list[Tensor], grads: list[Tensor], rates: list[float], state: dict[Any, Any]) -> None:
-    """A literal Adam step, a rate for each tensor."""
-    state["t"] = t = state.get("t", 0) + 1
-    for i, (p, g, rate) in enumerate(zip(params, grads, rates, strict=True)):
-        m = state["m", i] = 0.9 * state.get(("m", i), torch.zeros_like(p)) + 0.1 * g
-        v = state["v", i] = 0.999 * state.get(("v", i), torch.zeros_like(p)) + 0.001 * g * g
-        with torch.no_grad():
-            p -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
 
 def build(make_vit: Any, **options: Any) -> Any:

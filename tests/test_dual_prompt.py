@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from twins import adam, cosine, step, tokens
 
 from avalanche_fmlora.strategies.dual_prompt import DualPromptPool, DualPromptStrategy
 
@@ -22,7 +22,7 @@ class Reference:
 
     def query(self, image: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.tokens(image, {})[0]
+            return tokens(self.vit, image, {})[0]
 
     def task(self, query: Tensor, seen: int) -> int:
         return max(range(seen), key=lambda t: float(cosine(query, self.keys[t])))
@@ -30,54 +30,7 @@ class Reference:
     def feature(self, image: Tensor, task: int) -> Tensor:
         prefixes = {b: (self.g[b, 0], self.g[b, 1]) for b in (0, 1)}
         prefixes |= {b: (self.experts[task][b - 2, 0], self.experts[task][b - 2, 1]) for b in (2, 3, 4)}
-        return self.tokens(image, prefixes)[0]
-
-    def tokens(self, image: Tensor, prefixes: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        patches = self.vit.patch_embed.proj(image[None])[0].flatten(1).T
-        x = torch.stack([self.vit.cls_token[0, 0], *patches]) + self.vit.pos_embed[0]
-        for i, block in enumerate(self.vit.blocks):
-            x = x + self.attention(block.attn, block.norm1(x), prefixes.get(i))
-            x = x + block.mlp(block.norm2(x))
-        return self.vit.norm(x)
-
-    def attention(self, attn: Any, x: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = (attn.qkv.weight @ x.T + attn.qkv.bias[:, None]).T.split(DIM, dim=1)
-        if prefix is not None:
-            k, v = torch.cat([prefix[0], k]), torch.cat([prefix[1], v])
-        size, heads = DIM // attn.num_heads, []
-        for h in range(attn.num_heads):
-            part = slice(h * size, (h + 1) * size)
-            heads.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=1) @ v[:, part])
-        return attn.proj(torch.cat(heads, dim=1))
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
-
-
-def step(strategy: Any, images: Tensor, labels: Tensor) -> float:
-    """One training step through the strategy's own methods, in the type of its model."""
-    strategy.is_training = True
-    strategy.model.train()
-    strategy.mbatch = [images, labels, torch.zeros_like(labels)]
-    strategy.mb_output = strategy.forward()
-    strategy.loss = strategy.criterion()
-    strategy.optimizer.zero_grad()
-    strategy.backward()
-    strategy.optimizer_step()
-    return strategy.loss.item()
-
-
-def adam(params: list[Tensor], grads: list[Tensor], rates: list[float], state: dict[Any, Any], clip: float) -> None:
-    """A literal Adam step, a rate for each tensor, the gradient's norm clipped over all."""
-    scale = min(1.0, clip / (math.sqrt(sum(float((g * g).sum()) for g in grads)) + 1e-6))
-    state["t"] = t = state.get("t", 0) + 1
-    for i, (p, g, rate) in enumerate(zip(params, grads, rates, strict=True)):
-        g = g * scale
-        m = state["m", i] = 0.9 * state.get(("m", i), torch.zeros_like(p)) + 0.1 * g
-        v = state["v", i] = 0.999 * state.get(("v", i), torch.zeros_like(p)) + 0.001 * g * g
-        with torch.no_grad():
-            p -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        return tokens(self.vit, image, prefixes)[0]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference_memory import reference_memory
 from torch import Tensor
+from twins import arrays, double_strategy
 
 from avalanche_fmlora.modules.dual_gpm import InputMoments
 from avalanche_fmlora.strategies.inflora import InfLoRAPlugin, InfLoRAStrategy
@@ -101,26 +101,20 @@ class Reference:
         self.task += 1
 
 
-def double_strategy(make_strategy: Any, make_vit: Any, **options: Any) -> tuple[InfLoRAStrategy, Any]:
-    vit = make_vit(dtype=torch.float64)
-    plain = copy.deepcopy(vit)
-    vit.patch_embed.register_forward_pre_hook(lambda _, args: (args[0].double(),))
-    strategy = make_strategy("inflora", vit=vit, lr_schedule="constant", **options)
-    strategy.model.double()
-    return strategy, plain.requires_grad_(False)
-
-
-def arrays(experience: Any) -> tuple[Tensor, Tensor]:
-    pairs = [row[:2] for row in experience.dataset.eval()]
-    return torch.stack([x for x, _ in pairs]).double(), torch.tensor([int(y) for _, y in pairs])
-
-
 @pytest.mark.parametrize("threshold", [0.6, 0.99])
 def test_whole_runs_equal_a_literal_twin(
     make_strategy: Any, make_vit: Any, class_benchmark: Any, threshold: float
 ) -> None:
     strategy, plain = double_strategy(
-        make_strategy, make_vit, rank=2, threshold=threshold, n_tasks=3, train_mb_size=64, train_epochs=4, lr_lora=2e-2
+        "inflora",
+        make_strategy,
+        make_vit,
+        rank=2,
+        threshold=threshold,
+        n_tasks=3,
+        train_mb_size=64,
+        train_epochs=4,
+        lr_lora=2e-2,
     )
     twin = Reference(plain, 2, threshold, 3)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
@@ -207,7 +201,7 @@ def test_only_b_and_the_head_train_and_the_past_stays_to_the_bit(
 
 def test_a_new_update_leaves_outputs_for_past_inputs_alone(make_strategy: Any, make_vit: Any) -> None:
     """B_t trains only in directions outside the memory: where that covers the past inputs, they do not notice it."""
-    strategy, _ = double_strategy(make_strategy, make_vit, rank=4, blocks=(0,))
+    strategy, _ = double_strategy("inflora", make_strategy, make_vit, rank=4, blocks=(0,))
     layer = strategy.model.lora.layers[0]
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # spans 6 of 16 directions
     fresh = torch.randn(30, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -269,20 +263,6 @@ def test_saved_and_loaded_goes_on_as_if_never_stopped(
     assert torch.equal(strategy.model(images), other.model(images))
     strategy.load(path)
     assert all(torch.equal(v, state[k]) for k, v in strategy.model.adapter_state().items())
-
-
-def test_merged_models_compute_the_same(make_strategy: Any, make_vit: Any, train: Any, class_benchmark: Any) -> None:
-    strategy, _ = double_strategy(make_strategy, make_vit)
-    train(strategy, class_benchmark)
-    strategy.model.eval()
-    images = torch.rand(3, 3, 16, 16).double()
-    with torch.no_grad():
-        logits = strategy.model(images)
-        strategy.merge()
-        torch.testing.assert_close(strategy.model(images), logits, rtol=0, atol=1e-10)
-        strategy.unmerge()
-        assert torch.equal(strategy.model(images), logits)
-        torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=0, atol=1e-10)
 
 
 def test_domains_and_more_experiences_than_planned(make_strategy: Any, train: Any, domain_benchmark: Any) -> None:

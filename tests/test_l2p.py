@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from twins import adam, cosine, step
 
 from avalanche_fmlora.strategies.l2p import L2PPool, L2PStrategy
 
@@ -40,35 +40,6 @@ class Reference:
         rows += [token + first if self.position else token for token in prompt]
         rows += [patch + vit.pos_embed[0, 1 + i] for i, patch in enumerate(patches)]
         return vit.norm(vit.blocks(torch.stack(rows)[None]))[0]
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
-
-
-def step(strategy: Any, images: Tensor, labels: Tensor) -> float:
-    """One training step through the strategy's own methods, in the type of its model."""
-    strategy.is_training = True
-    strategy.model.train()
-    strategy.mbatch = [images, labels, torch.zeros_like(labels)]
-    strategy.mb_output = strategy.forward()
-    strategy.loss = strategy.criterion()
-    strategy.optimizer.zero_grad()
-    strategy.backward()
-    strategy.optimizer_step()
-    return strategy.loss.item()
-
-
-def adam(params: list[Tensor], grads: list[Tensor], rates: list[float], state: dict[Any, Any], clip: float) -> None:
-    """A literal Adam step, a rate for each tensor, the gradient's norm clipped over all."""
-    scale = min(1.0, clip / (math.sqrt(sum(float((g * g).sum()) for g in grads)) + 1e-6))
-    state["t"] = t = state.get("t", 0) + 1
-    for i, (p, g, rate) in enumerate(zip(params, grads, rates, strict=True)):
-        g = g * scale
-        m = state["m", i] = 0.9 * state.get(("m", i), torch.zeros_like(p)) + 0.1 * g
-        v = state["v", i] = 0.999 * state.get(("v", i), torch.zeros_like(p)) + 0.001 * g * g
-        with torch.no_grad():
-            p -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
 
 def build(make_vit: Any, vit: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from twins import double_strategy
 from vit_kinds import EXACT, KINDS, random_network
 
 from avalanche_fmlora.data.glyph_vit import glyph_vit
@@ -109,3 +110,20 @@ def test_timm_test_models(name: str) -> None:
     assert torch.equal(forward_features(check_vit(vit), x), expected)
     network = random_network(vit, prompt=2, cosine=True).float()
     torch.testing.assert_close(merged_vit(network)(x), network(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["fm_lora", "inflora", "sd_lora", "seq_lora"])
+def test_trained_updates_merge(
+    method: str, make_strategy: Any, make_vit: Callable[..., Any], train: Any, class_benchmark: Any
+) -> None:
+    strategy, _ = double_strategy(method, make_strategy, make_vit, classifier="linear")
+    train(strategy, class_benchmark)
+    strategy.model.eval()
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(4)).double()
+    with torch.no_grad():
+        logits = strategy.model(images)
+        strategy.merge()
+        torch.testing.assert_close(strategy.model(images), logits, rtol=0, atol=1e-10)
+        strategy.unmerge()
+        assert torch.equal(strategy.model(images), logits)
+        torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=0, atol=1e-10)

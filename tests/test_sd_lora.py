@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
+from twins import arrays, double_strategy
 
 from avalanche_fmlora.strategies.sd_lora import SDLoRAStrategy, direction_scales
 from avalanche_fmlora.strategies.seq_lora import SeqLoRAStrategy
@@ -110,24 +110,10 @@ class Starts(SupervisedPlugin):
             assert layer.downs.grad is None
 
 
-def double_strategy(make_strategy: Any, make_vit: Any, **options: Any) -> tuple[SDLoRAStrategy, Any]:
-    vit = make_vit(dtype=torch.float64)
-    plain = copy.deepcopy(vit)
-    vit.patch_embed.register_forward_pre_hook(lambda _, args: (args[0].double(),))
-    strategy = make_strategy("sd_lora", vit=vit, lr_schedule="constant", **options)
-    strategy.model.double()
-    return strategy, plain.requires_grad_(False)
-
-
-def arrays(experience: Any) -> tuple[Tensor, Tensor]:
-    pairs = [row[:2] for row in experience.dataset.eval()]
-    return torch.stack([x for x, _ in pairs]).double(), torch.tensor([int(y) for _, y in pairs])
-
-
 def test_whole_runs_equal_a_literal_twin(make_strategy: Any, make_vit: Any, class_benchmark: Any) -> None:
     starts = Starts()
     strategy, plain = double_strategy(
-        make_strategy, make_vit, rank=2, train_mb_size=64, train_epochs=STEPS, lr_lora=RATE, plugins=[starts]
+        "sd_lora", make_strategy, make_vit, rank=2, train_mb_size=64, train_epochs=STEPS, lr_lora=RATE, plugins=[starts]
     )
     twin = Reference(plain)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
@@ -158,7 +144,7 @@ def test_whole_runs_equal_a_literal_twin(make_strategy: Any, make_vit: Any, clas
 
 
 def test_the_latest_update_counts_raw_until_the_next_experience_begins(make_strategy: Any, make_vit: Any) -> None:
-    strategy, _ = double_strategy(make_strategy, make_vit, rank=3)
+    strategy, _ = double_strategy("sd_lora", make_strategy, make_vit, rank=3)
     model, layer = strategy.model, strategy.model.lora.layers[0]
     generator = torch.Generator().manual_seed(5)
     products = []
@@ -261,20 +247,6 @@ def test_saved_and_loaded_goes_on_as_if_never_stopped(
     assert torch.equal(strategy.model(images), other.model(images))
     strategy.load(path)
     assert all(torch.equal(v, state[k]) for k, v in strategy.model.adapter_state().items())
-
-
-def test_merged_models_compute_the_same(make_strategy: Any, make_vit: Any, train: Any, class_benchmark: Any) -> None:
-    strategy, _ = double_strategy(make_strategy, make_vit)
-    train(strategy, class_benchmark)
-    strategy.model.eval()
-    images = torch.rand(3, 3, 16, 16).double()
-    with torch.no_grad():
-        logits = strategy.model(images)
-        strategy.merge()
-        torch.testing.assert_close(strategy.model(images), logits, rtol=0, atol=1e-10)
-        strategy.unmerge()
-        assert torch.equal(strategy.model(images), logits)
-        torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=0, atol=1e-10)
 
 
 def test_domains_bf16_and_wrong_options(make_strategy: Any, train: Any, domain_benchmark: Any) -> None:
