@@ -70,3 +70,15 @@ class Optimization(SupervisedTemplate):
             nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        """Refuse to go on with parameters that are not finite, before anything of them is absorbed."""
+        groups = {name: ps for name, ps in self.model.parameter_groups().items() if ps}
+        broken = [name for name, ps in groups.items() if not torch.stack([p.isfinite().all() for p in ps]).all()]
+        if broken:
+            raise ValueError(
+                f"Expected finite parameters after training but those of {', '.join(broken)} are not: training "
+                "diverged. Lower their learning rates or set `clip_grad_norm`; if that does not help, look "
+                "for NaN or infinity in the images."
+            )
+        super()._after_training_exp(**kwargs)
