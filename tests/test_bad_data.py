@@ -10,7 +10,7 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.utils import as_classification_dataset
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from avalanche_fmlora.modules.images import check_images
 from avalanche_fmlora.modules.vit import forward_features
@@ -45,6 +45,25 @@ def test_images_that_the_model_cannot_take(method: str, case: str, make_strategy
         strategy.train([experience(images)] if strategy.joint else experience(images))
     after = strategy.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items() if k in after)
+
+
+class Uneven(Dataset[Any]):
+    """Images as `Resize` alone leaves them: one side is what it should be."""
+
+    targets = (0, 0, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.rand(3, 16, 16 + index), self.targets[index]
+
+
+@pytest.mark.parametrize("method", ["fm_lora", "seq_lora", "ncm"])
+def test_images_that_make_no_batch(method: str, make_strategy: Any) -> None:
+    stream = benchmark_from_datasets(train=[as_classification_dataset(Uneven())]).train_stream
+    with pytest.raises(ValueError, match=r"one shape in a batch but got \(3, 16, 1.\) and \(3, 16, 1.\).*`CenterCrop"):
+        make_strategy(method).train(stream[0])
 
 
 def test_other_models_take_other_images(make_vit: Any) -> None:

@@ -101,6 +101,12 @@ class LoaderItems(Dataset[Any]):
             images = [self.finished(_alone(image)) for image in images]
         if any(isinstance(image, Crop) for image in images):
             return Crops.packed([image if isinstance(image, Crop) else Crop(image) for image in images])
+        shapes = sorted({tuple(image.shape) for image in images if isinstance(image, Tensor)})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Expected images of one shape in a batch but got {shapes[0]} and {shapes[1]}: give the data set a "
+                "transform that resizes and crops, `Resize(size)` with `CenterCrop(size)`, say."
+            )
         batch: Tensor = default_collate(list(images))
         return batch
 
