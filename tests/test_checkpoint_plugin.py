@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,9 @@ class _Remembers(SupervisedPlugin):
         self.losses: list[float] = []
         self.by_class: dict[int, int] = {}
         self.model = torch.nn.Linear(1, 1)
+        self.better, self.half, self.kind = operator.gt, (lambda x: x / 2), dict  # code, which holds nothing
+        calls: list[Any] = []
+        self.counted = lambda x: calls.append(x)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         self.losses.append(float(strategy.loss.detach()))
@@ -217,7 +221,7 @@ def test_what_the_user_adds_goes_on_too(make_strategy: Any, class_benchmark: Any
         return strategy, scheduler, weight.detach(), remembers
 
     run(tmp_path, 2)
-    assert caplog.text.count("A checkpoint can't hold what _Remembers keeps in `model`") == 1
+    assert caplog.text.count("can't hold what _Remembers keeps in `model`, `counted`: going on") == 1
     assert "LRScheduler" not in caplog.text
     whole, resumed = run(None, 3), run(tmp_path, 3)
     assert resumed[1].state_dict() == whole[1].state_dict()

@@ -6,6 +6,7 @@ optimizer's groups say (every experience starts it without moments), the fp16 sc
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,7 @@ def _plugin_state(strategy: ContinualStrategy, plugin: Any) -> dict[str, Any]:
         left_out.remove("scheduler")
         kept[_SCHEDULER] = plain(plugin.scheduler.state_dict())
     told = strategy.__dict__.setdefault("_told_of", [])
+    left_out = [name for name in left_out if not _remembers_nothing(vars(plugin)[name])]
     if left_out and not is_ours(plugin) and plugin not in told:
         told.append(plugin)
         logger.warning(
@@ -140,6 +142,11 @@ def _plugin_state(strategy: ContinualStrategy, plugin: Any) -> dict[str, Any]:
             type(plugin).__name__, ", ".join(f"`{name}`" for name in left_out),
         )  # fmt: skip
     return kept
+
+
+def _remembers_nothing(value: Any) -> bool:
+    """Whether it is a class, or a function that holds no variables."""
+    return inspect.isclass(value) or inspect.isbuiltin(value) or (inspect.isfunction(value) and not value.__closure__)
 
 
 def _metric_state(evaluator: EvaluationPlugin) -> dict[str, Any]:
