@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -31,7 +32,10 @@ def test_the_pipeline_runs_and_is_short(tmp_path: Path) -> None:
     check = (
         "\nassert type(vit).__name__ == 'VisionTransformer' and vit.head is not None\nprint('learned', vit.num_classes)"
     )
-    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other tests, two threads wait for each other
+    done = subprocess.run(
+        [sys.executable, "-c", code + check], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "learned 100"
 
