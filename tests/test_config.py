@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from avalanche_fmlora.config import by_id, find_data, make_run, read_yaml
+from avalanche_fmlora.config import RunConfig, by_id, find_data, make_run, read_yaml
 from avalanche_fmlora.grid import expand
+from avalanche_fmlora.planning import plan
 from avalanche_fmlora.results.record import blank_record, run_id, write_record
 from avalanche_fmlora.resuming import known_record
+from avalanche_fmlora.strategies.config import validate
+from avalanche_fmlora.sweep import sweep
 
 
 @pytest.mark.parametrize(
@@ -122,3 +125,25 @@ def test_a_finished_run_keeps_its_label_and_says_so(tmp_path: Path, caplog: pyte
     assert known_record(named, tmp_path, failed=True)["config"]["label"] is None
     assert "under the label None and keeps it, not 'mine'" in caplog.text
     assert path.match(f"*-{record['id']}.json")
+
+
+def test_two_files_of_one_name_are_not_one_run(tmp_path: Path) -> None:
+    runs = [
+        make_run({"method": "ncm", "benchmark": {"name": "image_folder", "path": tmp_path / side / "photos"}})
+        for side in ("left", "right")
+    ]
+    with pytest.raises(ValueError, match="would have one record"):
+        sweep(runs, tmp_path / "records")
+    with pytest.raises(ValueError, match="would have one record"):
+        plan(runs, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Path) -> None:
+    benchmarks = [{"name": "split_cifar100", "path": tmp_path / side / "cifar"} for side in ("left", "right")]
+    assert len(by_id([make_run({"method": "ncm", "benchmark": benchmark}) for benchmark in benchmarks])) == 1
+
+
+def test_options_that_are_no_mapping_are_named() -> None:
+    with pytest.raises(ValueError, match=r"the configuration: got 'x': Input should be a valid dictionary"):
+        validate(RunConfig, "x", "the configuration")  # type: ignore[arg-type]

@@ -16,16 +16,12 @@ from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import GDumbPlugin
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from avalanche_fmlora.config import by_id, make_run
 from avalanche_fmlora.modules.class_rows import class_means
-from avalanche_fmlora.planning import plan
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
-from avalanche_fmlora.sweep import sweep
 
 
 class At(SupervisedPlugin):
@@ -236,23 +232,6 @@ def test_a_prompt_that_goes_back_before_its_slow_step_takes_it_again(
     torch.testing.assert_close(prompt.prompt.detach(), prompt.anchor + (free - prompt.anchor) / 2)
 
 
-def test_two_files_of_one_name_are_not_one_run(tmp_path: Any) -> None:
-    runs = [
-        make_run({"method": "ncm", "benchmark": {"name": "image_folder", "path": tmp_path / side / "photos"}})
-        for side in ("left", "right")
-    ]
-    with pytest.raises(ValueError, match="would have one record"):
-        sweep(runs, tmp_path / "records")
-    with pytest.raises(ValueError, match="would have one record"):
-        plan(runs, tmp_path / "records")
-    assert not (tmp_path / "records").exists()
-
-
-def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Any) -> None:
-    benchmarks = [{"name": "split_cifar100", "path": tmp_path / side / "cifar"} for side in ("left", "right")]
-    assert len(by_id([make_run({"method": "ncm", "benchmark": benchmark}) for benchmark in benchmarks])) == 1
-
-
 @pytest.mark.parametrize("name", ["fm_lora", "inflora", "sd_lora", "seq_lora", "l2p"])
 def test_a_broken_off_experience_gives_way_to_what_was_saved(
     name: str, make_strategy: Any, class_benchmark: Any, images: Tensor, tmp_path: Path
@@ -335,16 +314,6 @@ def test_a_data_set_makes_its_own_batches(make_strategy: Any) -> None:
         seen.append(torch.cat([images for images, _ in strategy.batches(experience.dataset)]))
     assert sum(calls) > 0
     torch.testing.assert_close(2 * seen[0], seen[1])
-
-
-def test_images_without_a_transform_are_named(make_strategy: Any) -> None:
-    class Pictures(Labelled):
-        def __getitem__(self, index: int) -> Any:
-            return Image.new("RGB", (16, 16)), self.targets[index]
-
-    (experience,) = benchmark_from_datasets(train=[as_classification_dataset(Pictures((0, 1)))]).train_stream
-    with pytest.raises(ValueError, match="Expected images as tensors but got Image: give the data set a transform"):
-        make_strategy("fm_lora").train(experience)
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated function update:DeprecationWarning")  # GDumb's own

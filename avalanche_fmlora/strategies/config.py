@@ -119,11 +119,12 @@ def _explain(model: type[BaseModel], where: str, error: Any) -> str:
     path = [str(p) for p in error["loc"]]
     if error["type"] != "extra_forbidden":
         said = error["msg"].removeprefix("Value error, ").rstrip(".")
-        field = model.model_fields.get(path[0])
-        if error["type"] == "model_type" and field is not None and len(path) == 1:
+        if error["type"] == "model_type" and len(path) == 1:
+            field = model.model_fields[path[0]]
             off = ", or null (None) to switch it off" if type(None) in _types_in(field.annotation) else ""
             said = f"expected a dictionary with any of {', '.join(_fields_at(model, [*path, '']))}{off}"
-        return f"{where}: `{'.'.join(path)}` = {error['input']!r}: {said}."
+        named = f"`{'.'.join(path)}` =" if path else "got"
+        return f"{where}: {named} {error['input']!r}: {said}."
     fields = list(_fields_at(model, path[:-1]))
     near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}."
