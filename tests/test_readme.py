@@ -90,6 +90,22 @@ def test_files_that_are_linked_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def _anchors(markdown: str) -> set[str]:
+    """GitHub's names of a page's headings: small letters, spaces as hyphens, other signs left out."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", markdown, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_sections_that_are_linked_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([\w/.]*)#([^)]+)\)", text)
+    assert links
+    for file, anchor in links:
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert anchor in _anchors(target.read_text(encoding="utf-8")), (file, anchor)
+
+
 def test_targets_of_make_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
