@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from made_records import make
+from PIL import Image
 
 from avalanche_fmlora.config import read_all
 from avalanche_fmlora.grid import expand
@@ -78,6 +81,20 @@ def test_a_configuration_still_names_the_data_and_training_of_its_records(name: 
             for part in ("benchmark", "backbone", "training"):
                 assert again[part] == record["config"][part]
             assert "num_workers" not in again["training"]
+
+
+def test_the_figures_of_both_readmes_are_current(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    figures = importlib.import_module("draw_figures")
+    linked = re.findall(r"figures/(\w+)\.png\)", TEXT + (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(linked) == set(figures.FIGURES)
+    for name in figures.FIGURES:
+        shown, drawn = (
+            Image.open(f) for f in (ROOT / f"benchmarks/figures/{name}.png", figures.draw_figure(name, tmp_path))
+        )
+        assert shown.size == drawn.size
+        if shown.info["Software"] == drawn.info["Software"]:  # another matplotlib may draw a pixel otherwise
+            assert np.array_equal(shown, drawn), "python benchmarks/draw_figures.py"
 
 
 @pytest.fixture
