@@ -11,7 +11,7 @@ from typing import Any
 from avalanche_fmlora.config import RunConfig
 from avalanche_fmlora.executors import Executor, quiet_imports
 from avalanche_fmlora.grid import SINGLE, expand
-from avalanche_fmlora.results.record import Record
+from avalanche_fmlora.results.record import Record, file_name
 from avalanche_fmlora.sweep import sweep
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ def compare(
         options["methods"] = [m if isinstance(m, str) else dict(m) for m in methods]
     of_methods = [(name, value) for name, value in fields.items() if name not in options]
 
-    def tell(done: int, of: int, record: Record) -> None:
-        line = f"[{done}/{of}] {one_line(record)}"
+    def tell(done: int, of: int, record: Record, found: bool) -> None:
+        line = f"[{done}/{of}] {one_line(record, found)}"
         if record["status"] != "finished":
             logger.warning(line)
         if report is not None:
@@ -94,11 +94,17 @@ def compare(
         )
 
 
-def one_line(record: Record) -> str:
-    """What became of a run: method, class order, and its final average accuracy or its error."""
+def one_line(record: Record, found: bool = False) -> str:
+    """What became of a run: method, class order, and its final average accuracy or its error.
+
+    Args:
+        record: of the run.
+        found: whether it was there before, and nothing has been run now.
+    """
     config = record["config"]
     name = f"{config['label'] or config['method']}, class order {config['class_order_seed']}"
     if record["status"] != "finished":
-        return f"{name}: failed: {record['error']}"
+        return f"{name}: failed{' before' if found else ''}: {record['error']}"
     accuracy, train_s = record["metrics"]["final_average_accuracy"], record["cost"]["train_s"]
-    return f"{name}: final average accuracy {100 * (accuracy or 0):.1f} %, {train_s or 0:.0f} s of training"
+    line = f"{name}: final average accuracy {100 * (accuracy or 0):.1f} %, {train_s or 0:.0f} s of training"
+    return f"{line} (recorded before in {file_name(record)})" if found else line

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -205,10 +205,7 @@ class _Loop:
 
     def _experience_row(self, t: int, train_s: float, eval_s: float) -> dict[str, Any]:
         model = self.strategy.model
-        history: list[dict[str, Any]] = next(
-            (p.history for p in self.strategy.plugins if hasattr(p, "history") and p.history), []
-        )
-        chosen = history[-1] if history else {}
+        chosen = _latest_rank(self.strategy.plugins)
         trainable = self.strategy.resources[-1]["trainable_parameters"]
         return {
             "experience": t,
@@ -238,6 +235,15 @@ class _Loop:
             "test_forward_passes": self.test_passes / self.tested_images,
             "train_forward_passes": self.train_passes / self.trained_images,
         }
+
+
+def _latest_rank(plugins: Iterable[Any]) -> dict[str, Any]:
+    """The latest line of the rank selector's `history`; others' plugins may have a history of something else."""
+    for plugin in plugins:
+        history = getattr(plugin, "history", None)
+        if isinstance(history, list) and history and isinstance(history[-1], dict) and "rank" in history[-1]:
+            return history[-1]
+    return {}
 
 
 @contextmanager

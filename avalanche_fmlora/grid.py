@@ -43,12 +43,12 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
     shared = {**_as_axes(options), **axes}
     if "benchmarks" in shared and any(name in ("benchmark", "benchmark.name") for name, _ in fields):
         raise ValueError("Expected `benchmark` or `benchmarks` but got both: leave one of them out.")
-    unique: dict[str, RunConfig] = {}
+    unique: dict[tuple[str, str | None], RunConfig] = {}  # one run under two labels stays, for `by_id` to say so
     for benchmark in _list(shared, "benchmarks", [{}]):
         own = _as_axes(_benchmark(benchmark))
         merged_options = merged({k: v for k, v in shared.items() if k != "benchmarks"}, own)
         for config in _of_one_benchmark({**merged_options, **axes}, fields):
-            unique.setdefault(run_id(config.identity()), config)
+            unique.setdefault((run_id(config.identity()), config.label), config)
     return list(unique.values())
 
 

@@ -17,7 +17,7 @@ from avalanche_fmlora.resuming import known_record
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[int, int, Record], None]
+Report = Callable[[int, int, Record, bool], None]
 
 
 def sweep(
@@ -44,7 +44,7 @@ def sweep(
         threads: CPU threads a run; None shares the cores out.
         data_root: folder of relative data paths.
         retry_failed: run those again whose record says that they failed; else they are returned as they are.
-        report: called with (how many done, of how many, record) after each.
+        report: called with (how many done, of how many, record, whether it was there before) after each.
 
     Returns:
         One record a configuration, in order; those that broke down, or whose workers died, have status ``failed``.
@@ -74,11 +74,11 @@ def sweep(
     def finish(key: str, outcome: Record | RunLost) -> None:
         done[key] = _kept(outcome, unique[key], folder, device, share)
         if report is not None:
-            report(len(done), len(unique), done[key])
+            report(len(done), len(unique), done[key], False)
 
     if report is not None:
         for count, record in enumerate(done.values(), 1):
-            report(count, len(unique), record)
+            report(count, len(unique), record, True)
     try:
         executor.run({k: functools.partial(run_and_write, c, folder, device, share) for k, c in todo.items()}, finish)
     finally:

@@ -53,7 +53,7 @@ def make(
     record["experiences"] = [
         {
             "experience": t,
-            "name": "ab"[t],
+            "name": "all" if joint else "ab"[t],
             "rank": 8 * (t + 1),
             "ranks_per_layer": [4, 8],
             "complexity": 0.5,

@@ -10,7 +10,7 @@ import pytest
 
 from avalanche_fmlora import compare
 from avalanche_fmlora.grid import expand
-from avalanche_fmlora.results.record import blank_record, read_records
+from avalanche_fmlora.results.record import blank_record, file_name, read_records
 
 SMALL: dict[str, Any] = {"benchmark": {"name": "split_glyphs", "n_experiences": 2}, "training": {"epochs": 1}}
 
@@ -24,9 +24,18 @@ def test_runs_are_those_of_the_command_line_and_run_once(tmp_path: Path) -> None
     assert [r["config"]["method_options"]["precision"] for r in records] == ["fp32", "bf16"]
     assert all(0.5 < (r["metrics"]["final_average_accuracy"] or 0) < 0.95 for r in records)
     assert lines[1].startswith("[2/2] bf16, class order 0: final average accuracy ")
-    again = compare(methods, **SMALL, logit_scale=8.0, out=tmp_path, threads=1)
+    told: list[str] = []
+    again = compare(methods, **SMALL, logit_scale=8.0, out=tmp_path, threads=1, report=told.append)
+    assert told[1] == f"{lines[1]} (recorded before in {file_name(records[1])})"
     assert [r["cost"]["train_s"] for r in again] == [r["cost"]["train_s"] for r in records], "read, not run"
     assert len(read_records(tmp_path / "records")) == 2
+
+
+def test_one_run_under_two_labels_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    methods = [{"method": "ncm", "label": "baseline"}, {"method": "ncm", "label": "again"}]
+    (record,) = compare(methods, **SMALL, out=tmp_path, threads=1)
+    assert record["config"]["label"] == "baseline"
+    assert "'baseline' and 'again': it runs once, under the first" in caplog.text
 
 
 def test_wrong_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -53,6 +62,6 @@ def test_a_failure_is_said_and_kept(
     caplog.clear()
     with caplog.at_level(logging.WARNING, "avalanche_fmlora"):
         assert compare(["ncm"], **SMALL, out=tmp_path, threads=1) == [record], "shown again, not run again"
-    assert caplog.messages == [message]
+    assert caplog.messages == [message.replace("failed", "failed before")]
     (again,) = compare(["ncm"], **SMALL, out=tmp_path, threads=1, retry_failed=True)
     assert again["status"] == "finished"

@@ -40,8 +40,8 @@ def record(method: str, matrix: list[list[float | None]], order: int = 0, **chan
     count = len(matrix)
     made["accuracy_matrix"] = matrix
     made["benchmark"]["experience_names"] = [str(t) for t in range(count)]
-    row = made["experiences"][-1]
     joint = matrix[0][0] is None
+    row = made["experiences"][-1] | ({"name": "all"} if joint else {})
     made["experiences"] = [{**row, "experience": t} for t in range(1 if joint else count)]
     return made
 
@@ -207,6 +207,27 @@ def test_matrices_of_ones_own_are_drawn_as_those_of_records() -> None:
         assert image.get_clim() == (0.5, 0.9)
 
 
+def test_what_is_not_known_has_no_number() -> None:
+    nan = float("nan")
+    assert texts(heat_maps({"mine": [[0.5, nan], [nan, 0.7]]}).axes[0]) == ["50", "70"]
+
+
+def test_one_experience_has_one_tick() -> None:
+    one = record("fm_lora", [[0.5]])
+    for figure in (accuracy_over_experiences([one]), rank([one])):
+        assert list(figure.axes[0].get_xticks()) == [1]
+
+
+def test_ranks_of_many_variants_stay_near_theirs_and_in_the_panel() -> None:
+    figure = rank([make(method="fm_lora", options={"rank": 4 + k}) for k in range(13)])
+    for name in ("complexity", "similarity to the past"):
+        (axes,) = (a for a in figure.axes if a.get_xlabel() == name)
+        drawn = [float(y) for points in axes.collections for _, y in np.array(points.get_offsets())]
+        assert drawn
+        assert all(min(abs(y - true) for true in (8, 16)) <= 0.06 * 16 + 1e-9 for y in drawn)
+        assert max(drawn) < axes.get_ylim()[1]
+
+
 def test_matrices_side_by_side_share_a_scale_and_have_numbers_where_they_fit() -> None:
     left, right, bar = heat_maps({"a": [[0.9, None], [0.1, 0.7]], "b": [[0.8, None], [0.5, 0.6]]}).axes
     assert left.images[0].get_clim() == right.images[0].get_clim() == (0.1, 0.9)
@@ -252,6 +273,10 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path) -> None:
     assert plot("--kind", "matrix", "--to", str(tmp_path / "m.pdf")).exit_code == 0
     assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
     assert plot("--kind", "matrix", "--methods", 'fm_lora, "ncm, whitened rows"').exit_code == 0
+    write_record(make(method="fm_lora", options={"rank": 8}), tmp_path / "grid" / "records")
+    write_record(make(method="fm_lora", options={"rank": 4}), tmp_path / "grid" / "records")
+    for name in ("rank=8", "fm_lora rank=8"):  # as tables show it
+        assert CliRunner().invoke(main, ["plot", str(tmp_path / "grid"), "--methods", name]).exit_code == 0
     for arguments, message in (
         (["--kind", "all", "--to", "all.png"], f"Expected a folder for {len(KINDS)} figures"),
         (["--to", "a.png", "--format", "svg"], "to end in .svg"),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from avalanche_fmlora.modules.factorized_lora import Bases, FactorizedLoRA
 from avalanche_fmlora.modules.head import IncrementalHead
-from avalanche_fmlora.modules.network import ContinualNetwork, backbone_parameter_names, merged_vit
+from avalanche_fmlora.modules.merging import merged_vit
+from avalanche_fmlora.modules.network import ContinualNetwork, backbone_parameter_names
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.vit import adapt_linears
 

@@ -19,7 +19,7 @@ from vit_kinds import EXACT, KINDS, random_network
 
 from avalanche_fmlora.data.glyph_vit import glyph_vit
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT
-from avalanche_fmlora.modules.network import merged_vit
+from avalanche_fmlora.modules.merging import merged_vit
 from avalanche_fmlora.modules.vit import Pooling, adapt_linears, check_vit, feature_dim, forward_features
 
 

@@ -72,6 +72,8 @@ def test_only_common_class_orders_are_compared_and_the_others_named() -> None:
     (other,) = [r for r in remarks(records) if "lacks" in r]
     assert "ncm lacks class order 0,3,4 (seed 0)" in other
     assert "--methods ncm --class-orders 0,3,4 --seeds 0 --retry-failed" in other
+    drawn = [make(method="fm_lora", order=0), make(method="fm_lora", order=None), make(method="ncm", order=0)]
+    assert "--methods ncm --class-orders null --seeds 0`" in remarks(drawn)[0], "as the command line takes it"
     broken = [make(method="ncm", order=0, error="boom")]
     assert not [r for r in remarks([*broken, make(method="fm_lora", order=0)]) if "lacks" in r], "it has no mean"
     assert "with --retry-failed runs them again" in remarks(broken)[-1]

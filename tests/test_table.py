@@ -15,12 +15,15 @@ import pandas as pd
 import pytest
 from made_records import make
 
+from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.results import table
 from avalanche_fmlora.results.record import write_record
 from avalanche_fmlora.results.table import (
     matrix_frame,
+    paired_rows,
     ranks_frame,
     render,
+    render_paired,
     runs_frame,
     summary_frame,
     summary_rows,
@@ -211,6 +214,40 @@ def test_render_markdown() -> None:
     assert cells[3] == ["*all data at once (upper bound)*"] + [""] * 10
     assert cells[4][2:8] == ["37.5 ± – (1)", "31.2 ± – (1)", "–", "–", "–", "–"]
     assert cells[4][-1] == "missing seeds: 1 of class order 0"
+
+
+def test_each_benchmark_begins_under_a_heading_of_its_own() -> None:
+    records = [
+        make(accuracy, method=method, joint=method == "joint", benchmark={"name": name})
+        for name in ("birds", "cars")
+        for method, accuracy in (("fm_lora", 0.5), ("ncm", 0.25), ("joint", 0.75))
+    ]
+    joint = "all data at once (upper bound)"
+    expected = ["birds", "birds", f"*{joint}*", "birds", "*cars*", "cars", "cars", f"*{joint}*", "cars"]
+    for text in (render(summary_rows(records)), render_paired(paired_rows(records))):
+        first = [line.strip("|").split("|")[0].strip() for line in text.splitlines()[2:]]
+        assert [name for name in first if name[0] == "*"] == [name for name in expected if name[0] == "*"]
+    assert [
+        line.strip("|").split("|")[0].strip() for line in render(summary_rows(records)).splitlines()[2:]
+    ] == expected
+    headings = [line for line in render(summary_rows(records), "latex").splitlines() if "multicolumn" in line]
+    assert [line.partition(r"\emph{")[2].partition("}")[0] for line in headings] == [joint, "cars", joint]
+
+
+def test_joint_training_on_one_experience_does_not_compete() -> None:
+    records = [make(method=method, joint=method == "joint") for method in ("fm_lora", "joint")]
+    for record in records:
+        record["benchmark"] |= {"experience_names": ["a"], "n_test": [10]}
+        record["accuracy_matrix"], record["metrics"] = [[0.5]], summarize([[0.5]], [10])
+        record["experiences"] = record["experiences"][:1]
+    assert [row["apart"] for row in summary_rows(records)] == [None, "all data at once (upper bound)"]
+
+
+def test_no_reader_takes_a_protocol_for_a_number(tmp_path: Path) -> None:
+    for epochs in (17, 123, 159):
+        records = [make(training={"epochs": epochs})]
+        write_csvs(records, tmp_path)
+        assert list(pd.read_csv(tmp_path / "runs.csv")["protocol_id"]) == list(runs_frame(records)["protocol_id"])
 
 
 def test_render_csv_and_latex() -> None:

@@ -137,7 +137,7 @@ def _resources(flags: dict[str, Any], device: str) -> Resources:
 
 
 @contextmanager
-def reporter(total: int) -> Iterator[Callable[[int, int, Record], None]]:
+def reporter(total: int) -> Iterator[Callable[[int, int, Record, bool], None]]:
     """A bar over the runs on a terminal, a line a run off it."""
     from tqdm import tqdm
 
@@ -145,8 +145,8 @@ def reporter(total: int) -> Iterator[Callable[[int, int, Record], None]]:
 
     with tqdm(total=total, unit="run", disable=None) as bar:
 
-        def report(done: int, of: int, record: Record) -> None:
-            line = f"[{done}/{of}] {one_line(record)}"
+        def report(done: int, of: int, record: Record, found: bool) -> None:
+            line = f"[{done}/{of}] {one_line(record, found)}"
             if bar.disable:
                 click.echo(line, err=True)
             else:

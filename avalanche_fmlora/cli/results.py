@@ -108,13 +108,20 @@ def report(folder: Path, to: Path | None, title: str | None, reference: str | No
 
 
 def _only(records: list[Record], methods: str | None) -> list[Record]:
+    """Those of the methods that are named by method, label, or both as in tables (``rank=8``, ``fm_lora rank=8``)."""
+    from avalanche_fmlora.results.grouping import runs_of
+
     if methods is None:
         return records
     wanted = {name.strip() for name in next(csv.reader([methods], skipinitialspace=True))}
-    there = {name for r in records for name in (r["config"]["method"], r["config"]["label"]) if name}
+    names = [
+        (r.record, {r.record["config"]["method"], r.record["config"]["label"], r.label, r.name})
+        for r in runs_of(records)
+    ]
+    there = {name for _, own in names for name in own if name}
     if wanted - there:
         raise ValueError(f"Expected --methods to be among {sorted(there)} but got {sorted(wanted - there)}.")
-    return [r for r in records if {r["config"]["method"], r["config"]["label"]} & wanted]
+    return [record for record, own in names if own & wanted]
 
 
 def read_folder(folder: Path) -> list[Record]:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import weakref
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, AdaptedMaps
-from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
+from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.prompts import MetaPrompt
 from avalanche_fmlora.modules.rank_selector import RankSelector
-from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, freeze, pooling_complement, pools_prefix
+from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, freeze
 
 _LOG = logging.getLogger(__name__)
+_PACKAGE = f"{__name__.partition('.')[0]}."
+_KNOWN = (_PACKAGE[:-1], "torch", "timm")
+_OPTIONS = ("training", "pooling")
+_OWN_PARTS = ("vit", "head", "lora", "prompt", "selector")
+_GROWS = " If {} grows from experience to experience, let its `make_room(state)` add what the saved one had."
 _NETWORKS_OF: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[ContinualNetwork]] = weakref.WeakKeyDictionary()
 
 
@@ -29,7 +30,8 @@ class ContinualNetwork(nn.Module):
     """Frozen ViT + optional low-rank updates + optional shared prompt + head.
 
     A method with other parts subclasses this: `features` is its forward pass, `begin` and `end` open and close an
-    experience, `parameter_groups` says what trains, `extra_loss` adds to the loss.
+    experience, `parameter_groups` says what trains, `extra_loss` adds to the loss, `make_room` lets parts that grow be
+    loaded. Files and checkpoints keep its parameters, its buffers, and numbers and text in its attributes.
 
     Args:
         vit: frozen here; the user's own object, adapted in place (with a warning if another network has it, too).
@@ -91,6 +93,11 @@ class ContinualNetwork(nn.Module):
     @torch.no_grad()
     def features_before(self, images: Tensor) -> Tensor:
         """Features of the model before the current experience, [B, D]: the free teacher (no copy, one more pass)."""
+        if not self.has_plain_features:
+            raise ValueError(
+                f"Expected {type(self).__name__}, which has its own `features`, to have its own `features_before`: "
+                "write one, or use distillation=0."
+            )
         if self.lora is None or self.lora.trains_bases:
             raise ValueError(
                 "Expected an experience that trains only the core: bases in training are not kept: use distillation=0."
@@ -102,12 +109,20 @@ class ContinualNetwork(nn.Module):
     @property
     def adapts(self) -> bool:
         """Whether training ever moves the features."""
-        return self.lora is not None or self.prompt is not None
+        return self.lora is not None or self.prompt is not None or not self.has_plain_features
+
+    @property
+    def has_plain_features(self) -> bool:
+        """Whether features are those of the ViT with updates and prompt, and no subclass calculates others."""
+        return type(self).features is ContinualNetwork.features
 
     @property
     def begin_keeps_features(self) -> bool:
-        """Whether features are the same before and after :meth:`begin`, and only training moves them."""
-        return self.lora is None or self.lora.begin_keeps_features
+        """Whether features are the same before and after :meth:`begin`, and only training moves them.
+
+        Not taken for granted of a subclass with a `begin` of its own, which may say so here and save a pass.
+        """
+        return type(self).begin is ContinualNetwork.begin and (self.lora is None or self.lora.begin_keeps_features)
 
     def extra_loss(self) -> Tensor | None:
         """A method's own term, of the latest forward pass; added to the loss while training."""
@@ -145,6 +160,23 @@ class ContinualNetwork(nn.Module):
         own = self.state_dict()
         return {k: v for k, v in own.items() if k not in self._backbone and not k.startswith("selector.")}
 
+    def adapter_numbers(self) -> dict[str, dict[str, Any]]:
+        """Numbers and text in attributes of a subclass and its own parts, which no state dict shows, by module."""
+        own = {
+            name: {k: v for k, v in vars(module).items() if k not in _OPTIONS and k[0] != "_" and _is_plain(v)}
+            for name, module in self.named_modules()
+            if name.partition(".")[0] != "vit" and type(module).__module__.partition(".")[0] not in _KNOWN
+        }
+        return {name: numbers for name, numbers in own.items() if numbers}
+
+    def load_adapter_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put back what :meth:`adapter_numbers` gave; call :meth:`load_adapter_state` before."""
+        for name, values in numbers.items():
+            vars(self.get_submodule(name)).update(copy.deepcopy(dict(values)))
+
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        """Before loading: grow what `begin` adds to, until it has a place for each tensor of `state`. Nothing here."""
+
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`adapter_state` gave, into a network of the same configuration; an open experience is let go.
 
@@ -157,6 +189,7 @@ class ContinualNetwork(nn.Module):
                 f"Expected a head of width {self.head.dim} but the saved one has {width}: "
                 "build the strategy with the `pooling` and the backbone that it was saved with."
             )
+        self.make_room(state)
         opened = () if self.lora is None else self.lora.layers[0].opened
         own = {k for k in self.adapter_state() if ".active_" not in k and k.rpartition(".")[2] not in opened}
         given = {k for k in state if ".active_" not in k}
@@ -164,6 +197,7 @@ class ContinualNetwork(nn.Module):
             raise ValueError(
                 f"Expected the state of a network of the same configuration but {sorted(own ^ given)[:3]} differ: "
                 "build the strategy with the options that it was saved with."
+                + ("" if type(self).__module__.startswith(_PACKAGE) else _GROWS.format(type(self).__name__))
             )
         if self.prompt is not None:
             self.prompt.end()
@@ -173,9 +207,10 @@ class ContinualNetwork(nn.Module):
         self.load_state_dict(state, strict=False)
 
     def stored_parameters(self) -> int:
-        """Numbers kept between experiences besides backbone and head."""
+        """Numbers kept between experiences besides backbone and head; all parameters of a subclass's own parts."""
         total = self.lora.stored_parameters() if self.lora is not None else 0
-        return total + (self.prompt.prompt.numel() if self.prompt is not None else 0)
+        total += self.prompt.prompt.numel() if self.prompt is not None else 0
+        return total + sum(p.numel() for n, p in self.named_parameters() if n.partition(".")[0] not in _OWN_PARTS)
 
     def stored_statistics(self) -> int:
         """Numbers kept between experiences for training only (feature bases, say); prediction does not read them."""
@@ -188,6 +223,15 @@ class ContinualNetwork(nn.Module):
         return sum(p.numel() for name, ps in groups.items() if name not in ("head", "rank") for p in ps)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds it as it is."""
+    if isinstance(value, list):
+        return all(_is_plain(v) for v in value)
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return type(value) in (bool, int, float, str)
+
+
 def backbone_parameter_names(vit: nn.Module) -> list[str]:
     """Names of a model's own weights and buffers, whether its maps are adapted already or not."""
     adapted = [f"{name}." for name, module in vit.named_modules() if isinstance(module, AdaptedLinear)]
@@ -196,118 +240,3 @@ def backbone_parameter_names(vit: nn.Module) -> list[str]:
         for name in vit.state_dict()
         if not any(name.startswith(map_) and not name.startswith(f"{map_}base.") for map_ in adapted)
     ]
-
-
-@torch.no_grad()
-def merged_vit(network: ContinualNetwork) -> TimmViT:
-    """A plain timm ViT with the updates in its weights, the prompt among its register tokens and the head as its head.
-
-    It holds no class of this package: saved with `torch.save`, it loads wherever timm is installed. Logits are the
-    network's own, also those of classes never seen; no random number is drawn. A distilled DeiT becomes a ViT with one
-    register token. Where the network reads token and mean, so does the pooling (`attn_pool`), for images of the model's
-    own size; its features are then twice as wide as timm's `reset_classifier` takes them to be: set `head` yourself for
-    other classes.
-
-    Args:
-        network: with any of low-rank updates and prompt.
-    """
-    vit = network.vit
-    dtype = next(vit.parameters()).dtype
-    merged: Any = copy.deepcopy(vit)
-    for name, layer in vit.named_modules():
-        if isinstance(layer, AdaptedLinear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(merged.get_submodule(parent), leaf, layer.to_linear())
-    if isinstance(merged, VisionTransformerDistilled):
-        _distilled_to_plain(merged)
-    if network.prompt is not None:
-        _prompt_to_registers(merged, network.prompt.prompt.to(dtype))
-    missing = pooling_complement(vit)
-    if network.pooling == "token_and_mean" and missing is not None:
-        _pool_token_and_mean(merged, missing)
-    merged.head = _plain_head(network.head).to(dtype)
-    merged.num_classes = network.head.n_classes
-    return merged.requires_grad_(True)
-
-
-def _distilled_to_plain(vit: Any) -> None:
-    """Distillation token -> register token; the features stay the mean of its output and the class token's."""
-    vit.__class__ = VisionTransformer
-    vit.reg_token, vit.num_reg_tokens = vit.dist_token, 1
-    del vit.dist_token, vit.head_dist
-    # With a stride longer than any sequence, one window is left: the first two tokens.
-    vit.attn_pool = nn.Sequential(nn.AvgPool2d((2, 1), stride=(2**20, 1)), nn.Flatten(1))
-    vit.pool_include_prefix = True
-
-
-def _pool_token_and_mean(vit: Any, missing: Literal["mean", "token"]) -> None:
-    """Pooling made of torch's own layers: the tokens are a convolution's channels, which fixes how many there are."""
-    prefix, patches = vit.num_prefix_tokens, vit.patch_embed
-    tokens = prefix + math.prod(patches.dynamic_feat_size(patches.img_size))  # num_patches leaves out what is padded
-    token, mean, own = torch.zeros(3, tokens)
-    token[0] = 1
-    mean[prefix:] = 1 / (tokens - prefix)
-    if missing == "token":
-        start = 0 if pools_prefix(vit) else prefix
-        own[start:] = 1 / (tokens - start)
-    else:
-        own[: 1 if vit.attn_pool is None else 2] = 1 if vit.attn_pool is None else 1 / 2  # two: a distilled model's
-    halves = torch.stack([own, token if missing == "token" else mean]).to(next(vit.parameters()))
-    norm = nn.RMSNorm(vit.num_features, elementwise_affine=False)
-    vit.attn_pool = nn.Sequential(_token_sums(halves), vit.fc_norm, norm, nn.Flatten(1))
-    vit.fc_norm, vit.pool_include_prefix = nn.Identity(), True
-    vit.num_features = vit.head_hidden_size = 2 * vit.num_features
-
-
-def _token_sums(weights: Tensor) -> nn.Conv1d:
-    """Weights [K, N] -> the map from N tokens [B, N, D] to K weighted sums of them."""
-    sums = nn.utils.skip_init(nn.Conv1d, weights.shape[1], weights.shape[0], 1, bias=False)
-    sums.weight = nn.Parameter(weights[..., None])
-    return sums
-
-
-def _prompt_to_registers(vit: Any, prompt: Tensor) -> None:
-    prefix = vit.num_prefix_tokens
-    if vit.pos_embed is not None and not vit.no_embed_class:
-        own = vit.pos_embed[:, :prefix].clone()
-        if vit.cls_token is not None:
-            vit.cls_token = nn.Parameter(vit.cls_token + own[:, :1])
-            own = own[:, 1:]
-        if vit.reg_token is not None:
-            vit.reg_token = nn.Parameter(vit.reg_token + own)
-        vit.pos_embed = nn.Parameter(vit.pos_embed[:, prefix:].clone())
-    vit.no_embed_class = True
-    registers = [prompt[None]] if vit.reg_token is None else [vit.reg_token, prompt[None]]
-    vit.reg_token = nn.Parameter(torch.cat(registers, 1))
-    if isinstance(vit.attn_pool, nn.Sequential) and isinstance(vit.attn_pool[0], nn.Conv1d):  # merged before
-        weights = vit.attn_pool[0].weight[..., 0]
-        unread = weights.new_zeros(len(weights), len(prompt))
-        vit.attn_pool[0] = _token_sums(torch.cat([weights[:, :prefix], unread, weights[:, prefix:]], 1))
-    vit.num_prefix_tokens += len(prompt)
-    if isinstance(vit, Eva):
-        for block in vit.blocks:  # rotary positions begin behind them
-            block.attn.num_prefix_tokens += len(prompt)
-    else:
-        vit.num_reg_tokens += len(prompt)
-
-
-def _plain_head(head: IncrementalHead) -> nn.Module:
-    unseen = ~head.seen
-    rows = head.prediction_rows() if head.cosine else head.weights()[None]
-    count, n_classes = rows.shape[:2]
-    biased = not head.cosine or bool(unseen.any())
-    linear = nn.utils.skip_init(nn.Linear, head.dim, count * n_classes, bias=biased).to(rows)
-    if linear.bias is not None:
-        linear.bias.copy_(head.biases().masked_fill(unseen, UNSEEN_LOGIT).repeat(count))
-    # RMSNorm without weights is f·√D/‖f‖: with rows s·w/√D behind it the logits are exactly s·f·w/‖f‖.
-    linear.weight.copy_(rows.flatten(0, 1) * (head.scale / head.dim**0.5 if head.cosine else 1.0))
-    if not head.cosine:
-        return linear
-    norm = nn.RMSNorm(head.dim, eps=torch.finfo(rows.dtype).tiny, elementwise_affine=False)
-    if count == 1:
-        return nn.Sequential(norm, linear)
-    # As an image of one row for each of the K, so that pooling takes a class's largest.
-    largest = nn.Sequential(
-        nn.Unflatten(-1, (1, count, n_classes)), nn.AdaptiveMaxPool2d((1, n_classes)), nn.Flatten(1)
-    )
-    return nn.Sequential(norm, linear, *largest)

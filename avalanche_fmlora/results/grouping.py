@@ -62,7 +62,8 @@ class Run(NamedTuple):
     @property
     def apart(self) -> str | None:
         """Why this run doesn't compete with the others, if it doesn't."""
-        if len(self.record["experiences"]) == 1 < len(self.record["accuracy_matrix"]):
+        trained = [row["name"] for row in self.record["experiences"]]
+        if trained == ["all"] != self.record["benchmark"]["experience_names"]:
             return JOINT
         stored = any(row.get("stored_statistics") for row in self.record["experiences"])
         return STATISTICS if stored else None
@@ -108,12 +109,13 @@ def runs_of(records: Iterable[Record]) -> list[Run]:
     trained: dict[str, list[Row]] = {}
     for record, (_, identity) in zip(ordered, protocols, strict=True):
         trained.setdefault(identity, []).append(_settings(record))
+    free = {identity: set(filter(_is_training, _varying(rows))) for identity, rows in trained.items()}
     first = _first_numbers(ordered, [identity for _, identity in protocols])
     runs = []
     for record, own, (text, identity), order in zip(ordered, options, protocols, first, strict=True):
         config = record["config"]
         key = (benchmark_name(record), identity, config["method"], config["label"] or "", _canonical(own))
-        shown = varying[_family(record)] | set(filter(_is_training, _varying(trained[identity])))
+        shown = varying[_family(record)] | free[identity]
         label = " ".join(filter(None, (config["label"], _shown(own, shown))))
         runs.append(Run(record, key, text, identity, label or None, order))
     return runs
@@ -230,7 +232,10 @@ def _facts(records: Sequence[Record]) -> list[Row]:
 
 
 def _protocols(records: Sequence[Record], facts: Sequence[Row]) -> list[tuple[str, str]]:
-    """For each record the fields in which its protocol differs from others of its benchmark, and the protocol's id."""
+    """For each record the fields in which its protocol differs from others of its benchmark, and the protocol's id.
+
+    The id begins with a letter, so that no reader of a CSV takes it for a number.
+    """
     names = [benchmark_name(record) for record in records]
     settings = [{k: v for k, v in fact.items() if not k.startswith(("data.", "weights."))} for fact in facts]
     varying: dict[str, set[str]] = {}
@@ -238,7 +243,7 @@ def _protocols(records: Sequence[Record], facts: Sequence[Row]) -> list[tuple[st
         same = [k for k, other in enumerate(names) if other == name]
         enough = len({_canonical(settings[k]) for k in same}) == len({_canonical(facts[k]) for k in same})
         varying[name] = _varying([(settings if enough else facts)[k] for k in same])
-    return [(_shown(fact, varying[name]), run_id(fact)[:8]) for fact, name in zip(facts, names, strict=True)]
+    return [(_shown(fact, varying[name]), f"p{run_id(fact)[:8]}") for fact, name in zip(facts, names, strict=True)]
 
 
 def _settings(record: Record) -> Row:

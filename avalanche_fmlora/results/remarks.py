@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
-from avalanche_fmlora.results.grouping import Run, groups_of, runs_of
+from avalanche_fmlora.results.grouping import Pair, Run, groups_of, runs_of
 from avalanche_fmlora.results.paired import pair_key
 from avalanche_fmlora.results.record import file_name
 from avalanche_fmlora.results.schema import Record
@@ -26,7 +26,9 @@ def remarks(records: Iterable[Record]) -> list[str]:
     for runs in protocols.values():
         notes += _differing(runs)
     notes += repeated_orders(records)
-    notes += [note for group in groups_of(records) for note in _missing(group, protocols)]
+    wanted = {key: {run.pair for run in runs if run.finished} for key, runs in protocols.items()}
+    for group in groups_of(records):
+        notes += _missing(group, wanted[group[0].benchmark, group[0].protocol_id])
     failed = [run for run in runs_of(records) if not run.finished]
     if failed:
         notes.append(
@@ -79,14 +81,13 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _missing(group: Sequence[Run], protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
+def _missing(group: Sequence[Run], wanted: Set[Pair]) -> list[str]:
     first = group[0]
-    wanted = {run.pair for run in protocols[first.benchmark, first.protocol_id] if run.finished}
     own = {run.pair for run in group if run.finished}
     missing = sorted(wanted - own, key=pair_key)
     if not own or not missing:  # with no run that finished there is no mean
         return []
-    orders, seeds = (",".join(str(v) for v in dict.fromkeys(values)) for values in zip(*missing, strict=True))
+    orders, seeds = (",".join(map(_flag, dict.fromkeys(values))) for values in zip(*missing, strict=True))
     command = f"fmlora compare --methods {first.record['config']['method']} --class-orders {orders} --seeds {seeds}"
     if any(run.pair in missing for run in group):
         command += " --retry-failed"
@@ -95,6 +96,11 @@ def _missing(group: Sequence[Run], protocols: dict[tuple[str, str], list[Run]]) 
         "mean is over other runs than theirs; paired differences use the common ones. "
         f"Run `{command}` with the same configuration and --out."
     ]
+
+
+def _flag(value: int | None) -> str:
+    """As the command line takes it."""
+    return "null" if value is None else str(value)
 
 
 def _files(runs: Sequence[Run]) -> str:

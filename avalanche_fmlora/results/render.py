@@ -165,6 +165,23 @@ def difference(row: Mapping[str, Any], digits: int = 1) -> Cell:
     return Cell(text, f" ({row['n']})", bool(row["excludes_zero"]))
 
 
+def _headings(table: Table) -> list[str | None]:
+    """What stands above each row, if anything: a block's name, also where the next benchmark's begins.
+
+    Where those that compete follow another benchmark's that do not, the benchmark itself, and what sets its protocol
+    apart, is the heading.
+    """
+    where = [table.header.index(name) for name in ("benchmark", "protocol") if name in table.header]
+    headings: list[str | None] = []
+    before: tuple[str | None, list[str]] = (None, [])
+    for row, block in zip(table.rows, table.blocks, strict=True):
+        data = [row[k].main for k in where]
+        changed = block != before[0] or (block is not None and data != before[1])
+        headings.append((block or ", ".join(filter(None, data))) if changed else None)
+        before = block, data
+    return headings
+
+
 def _csv(table: Table) -> str:
     apart = any(table.blocks)
     lines = [["apart", *table.header] if apart else table.header]
@@ -188,9 +205,9 @@ def _markdown(table: Table) -> str:
 
     cells = [[text(cell) for cell in row] for row in table.rows]
     lines: list[list[str]] = []
-    for row, block, before in zip(cells, table.blocks, [None, *table.blocks], strict=False):
-        if block is not None and block != before:
-            lines.append([f"*{block}*", *[""] * (len(row) - 1)])
+    for row, heading in zip(cells, _headings(table), strict=True):
+        if heading is not None:
+            lines.append([text(Cell(f"*{heading}*")), *[""] * (len(row) - 1)])
         lines.append(row)
     widths = [max(3, *(len(line[k]) for line in (table.header, *lines))) for k in range(len(table.header))]
     left = [name in _TEXTS for name in table.header]
@@ -206,9 +223,9 @@ def _latex(table: Table) -> str:
     columns = "".join("l" if name in _TEXTS else "r" for name in table.header)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(_latex_text(name) for name in table.header) + r" \\", r"\midrule"]
-    for row, block, before in zip(table.rows, table.blocks, [None, *table.blocks], strict=False):
-        if block is not None and block != before:
-            lines += [r"\addlinespace", rf"\multicolumn{{{len(row)}}}{{l}}{{\emph{{{_latex_text(block)}}}}} \\"]
+    for row, heading in zip(table.rows, _headings(table), strict=True):
+        if heading is not None:
+            lines += [r"\addlinespace", rf"\multicolumn{{{len(row)}}}{{l}}{{\emph{{{_latex_text(heading)}}}}} \\"]
         lines.append(" & ".join(_latex_cell(cell) for cell in row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 

@@ -25,6 +25,10 @@ class Optimization(SupervisedTemplate):
     _scaler: torch.amp.GradScaler
     _unscaled: list[tuple[dict[str, Any], float]]
 
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter group, by name."""
+        raise NotImplementedError
+
     def scale_rate(self, group: str, factor: float) -> None:
         """Multiply a group's learning rate, for the current experience only.
 
@@ -52,8 +56,21 @@ class Optimization(SupervisedTemplate):
             group["lr"] = rate
         self._unscaled.clear()
         groups = self.model.parameter_groups()
+        self._check_names(groups)
         refresh_optimizer(self.optimizer, self.model, groups)
         self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}
+
+    def _check_names(self, groups: dict[str, list[nn.Parameter]]) -> None:
+        """Each part that trains needs a rate of its name, or it would train at another's; each rate a part."""
+        rates, trained = set(self.rates()), {name for name, ps in groups.items() if ps}
+        if trained <= rates <= groups.keys():
+            return
+        unrated, empty = sorted(trained - rates), sorted(rates - groups.keys())
+        raise ValueError(
+            f"Expected the same names in {type(self).__name__}.rates() and {type(self.model).__name__}."
+            f"parameter_groups() but {unrated or 'none'} have parameters without a rate, and {empty or 'none'} a rate "
+            "without parameters: let both give the same names."
+        )
 
     def backward(self) -> None:
         """Scaled in fp16; nothing to do where nothing trains."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from avalanche_fmlora.modules.network import ContinualNetwork, merged_vit
+from avalanche_fmlora.modules.merging import merged_vit
+from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.strategies.config import structural_options
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
@@ -29,7 +30,7 @@ class Trained:
             self.model.lora.unmerge()
 
     def merged_model(self) -> TimmViT:
-        """A plain timm model with updates, prompt and head inside; see :func:`modules.network.merged_vit`."""
+        """A plain timm model with updates, prompt and head inside; see :func:`modules.merging.merged_vit`."""
         return merged_vit(self.model)
 
     def save(self, path: str | Path) -> Path:
@@ -43,10 +44,12 @@ class Trained:
                 "Expected a model between experiences but one is in training, or was broken off: save when `train` has "
                 "returned, or in a plugin's `after_training_exp`."
             )
-        return save_adapter(Path(path), self.model.adapter_state(), self.method, self.config.model_dump(mode="json"))
+        config, numbers = self.config.model_dump(mode="json"), self.model.adapter_numbers()
+        return save_adapter(Path(path), self.model.adapter_state(), self.method, config, numbers)
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
         structural = structural_options(type(self.config))
-        state = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"), structural)
+        state, numbers = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"), structural)
         self.model.load_adapter_state(state)
+        self.model.load_adapter_numbers(numbers)

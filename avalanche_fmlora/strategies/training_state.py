@@ -95,6 +95,7 @@ def _model_state(model: ContinualNetwork) -> dict[str, Any]:
         "tensors": model.adapter_state(),
         "selector": selector,
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "numbers": model.adapter_numbers(),
         "objects": {name: kept for name, m in model.named_modules() if (kept := _hidden_state(m))},
     }
 
@@ -115,6 +116,7 @@ def _load_model_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -> 
             raise ValueError("Expected a strategy with a RankSelectionPlugin: build it as the one that was saved.")
         model.selector.load_state_dict(state["selector"])
     model.load_adapter_state(state["tensors"])
+    model.load_adapter_numbers(state.get("numbers", {}))
     model.to(strategy.device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state["trainable"])

@@ -16,15 +16,21 @@ from avalanche_fmlora.results.record import write_atomically
 _FORMAT = "avalanche_fmlora adapter 1"
 
 
-def save_adapter(path: Path, state: dict[str, Tensor], method: str, config: dict[str, Any]) -> Path:
+def save_adapter(
+    path: Path, state: dict[str, Tensor], method: str, config: dict[str, Any], numbers: dict[str, Any] | None = None
+) -> Path:
     """Write tensors with the method's name and configuration beside them; the file appears whole or not at all."""
     metadata = {"format": _FORMAT, "method": method, "config": json.dumps(config, sort_keys=True)}
+    if numbers:
+        metadata["numbers"] = json.dumps(numbers, sort_keys=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     return write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-def load_adapter(path: Path, method: str, config: dict[str, Any], structural: Iterable[str]) -> dict[str, Tensor]:
-    """Read the tensors of :func:`save_adapter` for a strategy of this method and configuration.
+def load_adapter(
+    path: Path, method: str, config: dict[str, Any], structural: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and numbers of :func:`save_adapter` for a strategy of this method and configuration.
 
     Args:
         path: the file.
@@ -58,4 +64,4 @@ def load_adapter(path: Path, method: str, config: dict[str, Any], structural: It
             f"{path} was saved with {other} but this strategy has {own}: "
             "build the strategy with the options that it was saved with."
         )
-    return state
+    return state, json.loads(metadata.get("numbers", "{}"))

@@ -13,6 +13,7 @@ from avalanche_fmlora.results.figures.style import (
     per_cent,
     series_of,
     title,
+    whole_ticks,
 )
 from avalanche_fmlora.results.schema import Record
 
@@ -117,10 +118,8 @@ def _draw(axes: Axes, one: Series, curves: Any, first: int) -> tuple[str, float,
 
 
 def _finish(axes: Axes, series: Sequence[Series], ends: Sequence[tuple[str, float, float, str]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     per_cent(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(axes)
     axes.set_title(title(series), loc="left")
     axes.grid()
     label_lines(axes, ends)

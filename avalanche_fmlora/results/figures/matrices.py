@@ -104,5 +104,7 @@ def _ticks(axes: Axes, count: int) -> None:
 def _numbers(axes: Axes, matrix: Any, middle: float) -> None:
     for t, row in enumerate(matrix):
         for i, value in enumerate(row[: t + 1]):
+            if math.isnan(value):
+                continue
             colour = "white" if value < middle else "black"
             axes.text(i, t, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=colour)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avalanche_fmlora.results.figures.labels import wrapped
-from avalanche_fmlora.results.figures.style import Series, column_figure, new_figure, series_of, title
+from avalanche_fmlora.results.figures.style import Series, column_figure, new_figure, series_of, title, whole_ticks
 from avalanche_fmlora.results.schema import Experience, Record
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def rank(records: Iterable[Record]) -> Figure:
     for k, one in enumerate(series):
         _over_experiences(axes["rank"], one, k, len(series))
         for name in ("complexity", "similarity"):
-            _against(axes[name], one, name, k - (len(series) - 1) / 2)
+            _against(axes[name], one, name, (k - (len(series) - 1) / 2) * min(1, 4 / max(1, len(series) - 1)))
     _finish(axes, series)
     if several:
         figure.legend(*axes["rank"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -69,7 +69,7 @@ def _over_experiences(axes: Axes, one: Series, k: int, count: int) -> None:
 
 
 def _against(axes: Axes, one: Series, name: str, place: float) -> None:
-    """Rank against a measure; series a little above each other, since ranks are few."""
+    """Rank against a measure; series a little above each other, by `place` from -2 to 2, since ranks are few."""
     experiences: list[dict[str, Any]] = [dict(e) for run in one.runs for e in run.record["experiences"] if _measured(e)]
     known = [e for e in experiences if e[name] is not None]
     ranks = [e["rank"] + 0.03 * place * max(e["rank"] for e in experiences) for e in known]
@@ -97,8 +97,6 @@ def _layers(one: Series) -> Any:
 
 
 def _finish(axes: dict[str, Axes], series: Sequence[Series]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     ranks = sorted({e["rank"] for s in series for run in s.runs for e in run.record["experiences"] if e["rank"]})
     for name in ("rank", "complexity", "similarity"):
         axes[name].set_ylim(0, 1.12 * max(ranks))
@@ -109,7 +107,7 @@ def _finish(axes: dict[str, Axes], series: Sequence[Series]) -> None:
     axes["similarity"].set_ylabel("")
     axes["similarity"].tick_params(labelleft=False)
     axes["rank"].set_xlabel("experience")
-    axes["rank"].xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    whole_ticks(axes["rank"])
     axes["complexity"].set_xlabel("complexity")
     axes["similarity"].set_xlabel("similarity to the past")
     axes["rank"].set_title((f"{series[0].name} on " if len(series) == 1 else "") + title(series), loc="left")

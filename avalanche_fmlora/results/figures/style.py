@@ -13,6 +13,7 @@ from avalanche_fmlora.results.paired import DEFAULT_REFERENCE
 from avalanche_fmlora.results.schema import Record
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -157,3 +158,11 @@ def as_bytes(figure: Figure, format: str, dpi: int = 300) -> bytes:
     with matplotlib.rc_context(_RC):
         figure.savefig(buffer, format=format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
+
+
+def whole_ticks(axes: Axes) -> None:
+    """Ticks of experiences along x: at most ten, at whole numbers; where there is one experience, at that."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    low, high = axes.dataLim.intervalx
+    axes.xaxis.set_major_locator(FixedLocator([1]) if 0 <= high - low < 1 else MaxNLocator(10, integer=True))
