@@ -78,3 +78,15 @@ def test_the_prompt_moves_slowly_after_the_first_experience(
         anchor, reached = values[t - 1][-1], values[t][2]
         torch.testing.assert_close(values[t][3], anchor + (reached - anchor) / (t + 1))
         assert not torch.equal(reached, anchor)
+
+
+def test_a_rank_selector_that_comes_too_late_or_to_other_updates_is_refused(
+    make_strategy: Any, class_benchmark: Any
+) -> None:
+    first = class_benchmark.train_stream[0]
+    late = make_strategy("fm_lora", rank_selection=None, plugins=[RankSelectionPlugin()])
+    with pytest.raises(ValueError, match=r"give it as FMLoRAStrategy\(rank_selection=RankSelectionPlugin"):
+        late.train(first)
+    for name in ("sd_lora", "inflora"):
+        with pytest.raises(ValueError, match="updates in shared bases"):
+            make_strategy(name, plugins=[RankSelectionPlugin()]).train(first)

@@ -154,6 +154,25 @@ def test_failed_runs_and_missing_class_orders_are_flagged() -> None:
     }
 
 
+def test_a_run_that_failed_elsewhere_is_missed_by_nobody() -> None:
+    failed = make(method="l2p", order=3, error="boom")
+    rows = summary_rows([make(method="ncm"), make(method="l2p"), failed])
+    assert {row["method"]: row["note"] for row in rows} == {"ncm": None, "l2p": "missing class orders: 3 (failed)"}
+
+
+def test_a_part_that_is_left_out_is_the_only_one_named() -> None:
+    """Not each of the options of those that have it."""
+    parts = [None, {"tau": 5.0, "sigma": 0.25}, {"tau": 5.0, "sigma": 0.5}]
+    rows = summary_rows([make(options={"selection": part}, order=k) for k, part in enumerate(parts)])
+    assert {row["label"] for row in rows} == {"selection=null", "selection.sigma=0.25", "selection.sigma=0.5"}
+    rows = summary_rows([make(options={"selection": part}, order=k) for k, part in enumerate(parts[:2])])
+    assert {row["label"] for row in rows} == {"selection=null", None}
+
+
+def test_labels_are_sorted_whatever_their_signs() -> None:
+    assert [row["label"] for row in summary_rows([make(label="1²"), make(label="1³", order=1)])] == ["1²", "1³"]
+
+
 def test_missing_seeds_are_flagged() -> None:
     records = [make(method="ncm", order=o, seed=s) for o in (None, 1) for s in (0, 1)]
     records += [make(order=None, seed=0), make(order=1, seed=0), make(order=1, seed=1)]

@@ -59,5 +59,5 @@ def moved_images(
             cosines = (F.normalize(features(images).float(), dim=-1) * targets).sum(-1)
             (gradient,) = torch.autograd.grad(cosines.sum(), images)
         direction = F.normalize(gradient.flatten(1).float(), dim=1).view_as(gradient)
-        images = images.detach() + size * direction
+        images = images.detach() + (size * direction).to(images)
     return images

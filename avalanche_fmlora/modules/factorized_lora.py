@@ -203,7 +203,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         return sum(2 * column * columns for column, columns in masked)
 
     def stability(self) -> Tensor:
-        """Σ over maps of ‖M diag(m) Nᵀ‖²: the squared change of the weights, since the bases are orthonormal."""
+        """Σ over maps of ‖M diag(m) Nᵀ‖²; with orthonormal bases the squared change of the weights, over `scale²`."""
         changes = [layer.effective_core() - layer.core for layer in self.layers]
         return torch.stack([c.square().sum() for c in changes]).sum()
 

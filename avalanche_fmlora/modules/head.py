@@ -128,6 +128,11 @@ class IncrementalHead(nn.Module):
         self.active_rows, self.active_bias = None, None
         self.active = self.active[:0]
 
+    def discard(self) -> None:
+        """Let go of an open experience: its rows stay as they were when it began."""
+        self.active_rows, self.active_bias = None, None
+        self.active = self.active[:0]
+
     @torch.no_grad()
     def write(self, classes: Tensor, rows: Tensor) -> None:
         """Set the rows [A, D] of given classes [A], also of those in training."""
@@ -226,7 +231,6 @@ class IncrementalHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Take the sizes of the saved head first: a head is as wide as the classes that it has met."""
-        self.before = self.before[:0]
         for name in ("rows", "bias", "seen", "counts", "folded", "means", "occurrences", "covariance", "active"):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:

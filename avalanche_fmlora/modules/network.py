@@ -137,6 +137,17 @@ class ContinualNetwork(nn.Module):
         if self.prompt is not None:
             self.prompt.begin()
 
+    def discard(self) -> None:
+        """Let go of an experience that was broken off, as far as its parts were apart from the past's.
+
+        A plain LoRA, bases in training and the prompts of a pool stay where training has brought them.
+        """
+        self.head.discard()
+        if self.lora is not None:
+            self.lora.discard()
+        if self.prompt is not None:
+            self.prompt.discard()
+
     def end(self, core_step: float = 1.0) -> None:
         """Close the updates of the experience (the head is closed by `head.close`)."""
         if self.lora is not None:
@@ -189,6 +200,7 @@ class ContinualNetwork(nn.Module):
                 f"Expected a head of width {self.head.dim} but the saved one has {width}: "
                 "build the strategy with the `pooling` and the backbone that it was saved with."
             )
+        self.head.before = self.head.before[:0]
         self.make_room(state)
         opened = () if self.lora is None else self.lora.layers[0].opened
         own = {k for k in self.adapter_state() if ".active_" not in k and k.rpartition(".")[2] not in opened}

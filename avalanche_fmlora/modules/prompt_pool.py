@@ -116,7 +116,9 @@ class PromptPool(nn.Module):
                 setattr(self, name, torch.empty_like(saved, dtype=own.dtype, device=own.device))
         reference = next(self.buffers())
         for name in [n for n in self._parameters if n.startswith("active_")]:
-            saved = state_dict.get(prefix + name)
+            saved, held = state_dict.get(prefix + name), self._parameters[name]
+            if saved is not None and held is not None and held.shape == saved.shape:
+                continue  # the optimizer has it
             fresh = None if saved is None else nn.Parameter(saved.detach().clone().to(reference.device))
             setattr(self, name, fresh)
 
@@ -141,10 +143,11 @@ class PromptedNetwork(ContinualNetwork):
         super().__init__(vit, head)
         self.pool = pool
         self.queries = FeatureCache(cache_queries)
+        self._open = False
 
     def query(self, images: Tensor) -> Tensor:
-        """q(x), shape [B, D], without autograd; while training, from the cache where it holds the image."""
-        if self.training:
+        """q(x), shape [B, D], without autograd; while an experience trains, from the cache where it holds the image."""
+        if self.training and self._open:
             return self.queries.lookup(images, self._encode)
         return self._encode(images)
 
@@ -152,7 +155,7 @@ class PromptedNetwork(ContinualNetwork):
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D]; never compiled: prefixes and cache are no fixed graph."""
         query = self.query(images)
-        # Which prompt is chosen shall not hang on half precision, and at test time nothing trains.
+        # Distances are not taken in half precision, though the query itself may be; at test time nothing trains.
         with (
             torch.autocast(images.device.type, enabled=False),
             torch.set_grad_enabled(self.training and torch.is_grad_enabled()),
@@ -161,7 +164,7 @@ class PromptedNetwork(ContinualNetwork):
         return self.prompted_features(images, prompts)
 
     def prompted_features(self, images: Tensor, prompts: Any) -> Tensor:
-        """The second pass, [B, D], with what the pool gave."""
+        """The second pass, [B, D] (twice as wide with `token_and_mean`), with what the pool gave."""
         return forward_features(self.vit, images, prefixes=prompts, pooling=self.pooling)
 
     @property
@@ -181,6 +184,7 @@ class PromptedNetwork(ContinualNetwork):
     def begin(self, classes: Iterable[int]) -> None:
         """Open an experience: one task of the pool."""
         self.queries.clear()
+        self._open = True
         self.pool.begin()
         super().begin(classes)
 
@@ -188,6 +192,7 @@ class PromptedNetwork(ContinualNetwork):
         """Close the task; cached queries go."""
         super().end(core_step)
         self.pool.end()
+        self._open = False
         self.queries.clear()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

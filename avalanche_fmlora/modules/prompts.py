@@ -62,13 +62,21 @@ class MetaPrompt(nn.Module):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember P as P_{t−1}; it is free to move. A second call before `end` does nothing."""
+        """Remember P as P_{t−1}; it is free to move. A second call before `end` only frees it."""
+        self.prompt.requires_grad_(True)
         if self.active:
             return
         self.active = True
         self.anchor.copy_(self.prompt)
         self.experience += 1
-        self.prompt.requires_grad_(True)
+
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Let go of an open experience, as if it had not begun."""
+        if self.active:
+            self.active = False
+            self.prompt.copy_(self.anchor)
+            self.experience -= 1
 
     def end(self) -> None:
         """Close the experience."""

@@ -49,11 +49,12 @@ def check_vit(model: Any) -> TimmViT:
         raise ValueError(
             "Expected a model with pooled features but its `global_pool` is '': make it with global_pool='token'."
         )
-    if next(model.parameters()).dtype == torch.float16:
-        raise ValueError(
-            "Expected weights in float32 but they are in float16, in which updates overflow: pass model.float(), and "
-            "precision='fp16' for passes in half precision."
-        )
+    for dtype, name, harm in ((torch.float16, "fp16", "overflow"), (torch.bfloat16, "bf16", "are lost to rounding")):
+        if next(model.parameters()).dtype == dtype:
+            raise ValueError(
+                f"Expected weights in float32 but they are in {str(dtype).removeprefix('torch.')}, in which updates "
+                f"{harm}: pass model.float(), and precision='{name}' for passes in half precision."
+            )
     adapted = next((type(m).__name__ for m in model.modules() if isinstance(m, AdaptedLinear)), None)
     if adapted is not None:
         raise ValueError(

@@ -35,7 +35,8 @@ class ClassMeanPlugin(SupervisedPlugin):
             (:func:`~avalanche_fmlora.modules.class_rows.secant_covariance`). `running`: the mean over all experiences,
             which the head keeps.
         recurring: what predicts a class that recurs: its row as trained (which is never whitened, being no mean), the
-            mean over all its samples, or one mean for each of its experiences, the nearest of which counts.
+            mean over all its samples (those of the past standing in by their mean, at unit length where rows train), or
+            one mean for each of its experiences, the nearest of which counts.
 
     Attributes:
         gains: share of the drift explained on held-out images, for each experience with something of the past to move.

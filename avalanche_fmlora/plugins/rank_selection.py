@@ -10,8 +10,10 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_fmlora.modules import class_rows, functional
+from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.rank_selector import RankSelector
 from avalanche_fmlora.plugins._passes import spread, training_features, training_images
+from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 
 
 class RankSelectionPlugin(SupervisedPlugin):
@@ -70,13 +72,19 @@ class RankSelectionPlugin(SupervisedPlugin):
         """Put the selector into the model, if there is none yet; training does so by itself.
 
         Raises:
-            ValueError: if the model has no low-rank updates.
+            ValueError: if the model has no low-rank updates in shared bases, or the plugin would come after their end.
         """
         lora = getattr(strategy.model, "lora", None)
-        if lora is None:
+        if not isinstance(lora, FactorizedLoRA):
             raise ValueError(
-                "RankSelectionPlugin expects a strategy whose model has low-rank updates (`model.lora`), as "
+                "RankSelectionPlugin expects a strategy whose model has low-rank updates in shared bases, as "
                 "FMLoRAStrategy: leave the plugin out, or use such a strategy."
+            )
+        closing = [isinstance(plugin, ExperiencePlugin) for plugin in strategy.plugins]
+        if self in strategy.plugins and True in closing[: strategy.plugins.index(self)]:
+            raise ValueError(
+                "RankSelectionPlugin decides on an update before it is closed, so it can't stand in `plugins`: give it "
+                "as FMLoRAStrategy(rank_selection=RankSelectionPlugin(…))."
             )
         if strategy.model.selector is None:
             groups = len(lora.layers) if self.per_layer else 1
@@ -99,6 +107,8 @@ class RankSelectionPlugin(SupervisedPlugin):
             lora.first_complexity.fill_(complexity)
         relative = functional.relative_complexity(complexity, float(lora.first_complexity))
         target = strategy.model.selector.begin(relative, similarity)
+        if self.history and "rank" not in self.history[-1]:
+            self.history.pop()  # of an experience that was broken off
         self.history.append(
             {
                 "experience": int(lora.experiences),

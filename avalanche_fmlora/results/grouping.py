@@ -13,6 +13,7 @@ from avalanche_fmlora.results.schema import Record, order_key, run_id
 Row: TypeAlias = dict[str, Any]
 Pair: TypeAlias = tuple["int | None", int]
 
+_NO_SUCH_PART = "no such part"
 JOINT = "all data at once (upper bound)"
 STATISTICS = "stores statistics of past data"
 BLOCKS = (None, STATISTICS, JOINT)
@@ -163,7 +164,7 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> Row:
 def natural(text: str) -> list[tuple[int, float, str]]:
     """Sorts ``rank=4`` before ``rank=16``."""
     parts = re.split(r"(\d+)", text)
-    return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts]
+    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts]
 
 
 def _first_numbers(records: Sequence[Record], protocols: Sequence[str]) -> list[int | None]:
@@ -273,9 +274,19 @@ def _canonical(value: Any) -> str:
 
 
 def _varying(rows: Sequence[Row]) -> set[str]:
-    """The keys that aren't there with the same value in every row."""
+    """The keys that aren't there with the same value in every row.
+
+    Where a row has nothing in the place of a part (``rank_selection=null``), the part's own keys do not count for it.
+    """
     keys = {key for row in rows for key in row}
-    return {key for key in keys if len({_canonical(row[key]) if key in row else None for row in rows}) > 1}
+    return {key for key in keys if len({_value(row, key) for row in rows} - {_NO_SUCH_PART}) > 1}
+
+
+def _value(row: Row, key: str) -> str | None:
+    parts = key.split(".")
+    if key not in row and any(".".join(parts[:k]) in row for k in range(1, len(parts))):
+        return _NO_SUCH_PART
+    return _canonical(row[key]) if key in row else None
 
 
 def _shown(row: Row, keys: set[str]) -> str:

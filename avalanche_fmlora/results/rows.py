@@ -85,7 +85,7 @@ def summary_rows(records: Iterable[Record]) -> list[Row]:
     rows = []
     for group in groups:
         identity = group[0].protocol_id
-        wanted = {run.pair for same in protocols[identity] for run in same}
+        wanted = {run.pair for same in protocols[identity] for run in same if run.finished or same is group}
         row = _summary_row(group, wanted)
         row["best"] = " ".join(m for m in METRICS if winners[identity, m] is group) or None
         rows.append({column: row[column] for column in SUMMARY_COLUMNS})

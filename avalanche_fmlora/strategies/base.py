@@ -235,6 +235,8 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         with data, experience and model as they will be, plugins have their `on_begin`.
         """
         assert self.experience is not None
+        if self._current is not None and _is_same(self._current, self.experience):
+            self.model.discard()  # it was broken off, or is over and nothing is open
         self._current = None
         self._take_training_set()
         trigger_plugins(self, "on_begin", **kwargs)
@@ -306,6 +308,14 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
     def training_identity(self) -> dict[str, Any]:
         """What two strategies must share for one to take the other's training state: see :mod:`training_state`."""
         return training_identity(self)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two experiences are one: Avalanche's streams make new objects each time they are asked."""
+    numbers = [getattr(e, "current_experience", None) for e in (one, other)]
+    return one is other or (
+        numbers[0] == numbers[1] is not None and sorted(classes_of(one)) == sorted(classes_of(other))
+    )
 
 
 # Avalanche has wrapped this class's constructor in the same check; see `__init_subclass__`.

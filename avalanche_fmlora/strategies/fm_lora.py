@@ -111,7 +111,8 @@ class FMLoRAConfig(MethodConfig):
     D x D numbers are kept (a stored statistic, which the record declares)."""
     recurring_rows: RecurringRows = "per_experience"
     """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
-    over all its samples; or one mean for each experience, the nearest of which counts (rows grow with experiences)."""
+    over all its samples, those of the past standing in by their mean (at unit length); or one mean for each experience,
+    the nearest of which counts (rows grow with experiences)."""
     lr_bases: float = Field(1e-3, ge=0)
     """Learning rate of bases that train: in the first experience, if `bases` is `first_experience` or `slow`."""
     slow_share: float = Field(0.01, ge=0)
@@ -137,8 +138,8 @@ class FMLoRAStrategy(ContinualStrategy):
 
     `rank_selection` and `meta_prompt` also take a plugin in the place of a configuration. Stored after any number of
     experiences: bases, one core a map, one prompt, and of each class its row and the row whitened for prediction. Where
-    classes recur, `recurring_rows="per_experience"` keeps one row for each experience of a class: the head grows with
-    domains, which records count as `head_parameters`; the two other choices do not grow.
+    classes recur, `recurring_rows="per_experience"` keeps a mean and a whitened row for each experience of a class: the
+    head grows with domains, which records count as `head_parameters`; the two other choices do not grow.
 
     >>> import timm
     >>> vit = timm.create_model("test_vit", num_classes=0)

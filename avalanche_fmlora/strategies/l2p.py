@@ -135,7 +135,10 @@ class L2PNetwork(PromptedNetwork):
         self.position = position
 
     def prompted_features(self, images: Tensor, prompts: Tensor) -> Tensor:
-        """Mean of the prompts' outputs after the final norm, [B, D]; models that normalise after pooling do so here."""
+        """Mean of the prompts' outputs after the final norm, [B, D]; models that normalise after pooling do so here.
+
+        With `token_and_mean` it stands in the class token's place, beside the mean of the patch tokens: [B, 2D].
+        """
         vit: Any = self.vit
         has_position = vit.cls_token is not None and vit.pos_embed is not None and not vit.no_embed_class
         if self.position == "cls" and has_position:

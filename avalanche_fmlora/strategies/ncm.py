@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, Literal
 
 from avalanche.core import BasePlugin
@@ -12,6 +13,8 @@ from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
 from avalanche_fmlora.strategies.config import MethodConfig
 from avalanche_fmlora.strategies.registry import register
+
+_LOG = logging.getLogger(__name__)
 
 
 class NCMConfig(MethodConfig):
@@ -43,4 +46,6 @@ class NCMStrategy(ContinualStrategy):
 
     def build_plugins(self) -> list[BasePlugin]:
         """Rows are written when the experience ends."""
+        if self.config.transport_samples:
+            _LOG.warning("transport_samples=%d has no effect here: features never move.", self.config.transport_samples)
         return [ExperiencePlugin(), self._class_mean_plugin(train_rows=False)]

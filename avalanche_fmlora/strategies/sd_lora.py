@@ -47,10 +47,16 @@ class Magnitudes(nn.Module):
     def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.values = nn.Parameter(like.new_zeros(0), requires_grad=False)
+        self._before = self.values.detach()
 
     def begin(self, start: float) -> None:
         """One number more, and all of them at `start` again."""
-        self.values = nn.Parameter(self.values.detach().new_full((len(self.values) + 1,), start))
+        self._before = self.values.detach()
+        self.values = nn.Parameter(self._before.new_full((len(self._before) + 1,), start))
+
+    def discard(self) -> None:
+        """Those of before :meth:`begin`, none of which trains."""
+        self.values = nn.Parameter(self._before, requires_grad=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         saved = state_dict.get(prefix + "values")
@@ -120,7 +126,7 @@ class SDLoRALinear(AdaptedLinear):
         down = torch.empty(parts, rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
         self.down = nn.Parameter(down.to(self.downs))
         self.up = nn.Parameter(self.ups.new_zeros(self.ups.shape[1:]))
-        self._rescale()
+        self.rescale()
 
     @torch.no_grad()
     def close(self) -> None:
@@ -130,16 +136,17 @@ class SDLoRALinear(AdaptedLinear):
         self.downs = torch.cat([self.downs, self.down.detach()[None]])
         self.ups = torch.cat([self.ups, self.up.detach()[None]])
         self.down = self.up = None
-        self._rescale()
+        self.rescale()
 
-    def _rescale(self) -> None:
+    def rescale(self) -> None:
+        """What each update of the past counts, now that one is open or none is."""
         self.scales = direction_scales(self.ups, self.downs)
         if self.up is None:
             self.scales[-1:] = 1
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)
-        self._rescale()
+        self.rescale()
 
 
 class SDLoRA(AdaptedMaps[SDLoRALinear]):
@@ -180,6 +187,14 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
         self.magnitudes.values.requires_grad_(False)
         for layer in self.layers:
             layer.close()
+
+    def discard(self) -> None:
+        """See :meth:`AdaptedMaps.discard`; the latest update counts with its own norms again."""
+        if self.active:
+            self.magnitudes.discard()
+        super().discard()
+        for layer in self.layers:
+            layer.rescale()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """A_t, B_t of every map and all magnitudes are `lora`."""

@@ -1,0 +1,148 @@
+"""States loaded in the middle of an experience, and experiences that were broken off and begun again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from avalanche_fmlora import FM_LORA_CLASSIFIER
+
+LORA = ["fm_lora", "inflora", "sd_lora"]
+
+
+class _Do(SupervisedPlugin):
+    """Does something before an epoch of the second experience, in its first run."""
+
+    def __init__(self, epoch: int, what: Any) -> None:
+        super().__init__()
+        self.epoch, self.what = epoch, what
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        if strategy.experience.current_experience == 1 and strategy.clock.train_exp_epochs == self.epoch:
+            what, self.what = self.what, lambda _: None
+            what(strategy)
+
+
+def _reload(strategy: Any) -> None:
+    strategy.model.load_state_dict(strategy.model.state_dict())
+
+
+def _stop(strategy: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "sd_lora", "inflora", "dual_prompt", "coda_prompt", "l2p", "seq_lora"])
+def test_a_state_that_is_loaded_as_it_was_changes_nothing(
+    name: str, make_strategy: Any, train: Any, class_benchmark: Any, images: Tensor
+) -> None:
+    """As early stopping does: the optimizer keeps its tensors, the head what it knows of the past's covariance."""
+
+    def run(what: Any) -> Any:
+        return train(make_strategy(name, plugins=[_Do(2, what)], **FM_LORA_CLASSIFIER), class_benchmark, n=2)
+
+    reloaded, plain = run(_reload), run(lambda _: None)
+    assert len(plain.model.head.folded)
+    assert torch.equal(reloaded.model.head.folded, plain.model.head.folded)
+    assert torch.equal(reloaded.model.eval()(images), plain.model.eval()(images))
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_experience_that_is_let_go_leaves_no_trace(
+    name: str, make_strategy: Any, class_benchmark: Any, images: Tensor
+) -> None:
+    options = {"prompt_length": 2} if name == "fm_lora" else {}
+    strategy = make_strategy(name, plugins=[_Do(3, _stop)], lr_schedule="constant", **options)
+    first, second, _ = class_benchmark.train_stream
+    strategy.train(first)
+    model, before = strategy.model, strategy.model.eval().features(images)
+    state = {k: v.clone() for k, v in model.adapter_state().items() if not k.startswith("head.")}
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    assert not torch.equal(model.eval().features(images), before)
+    model.discard()
+    assert torch.equal(model.eval().features(images), before)
+    kept = {k: v for k, v in model.adapter_state().items() if not k.startswith("head.")}
+    assert kept.keys() == state.keys()
+    assert all(torch.equal(kept[k], state[k]) for k in kept if k != "prompt.anchor")  # which `begin` sets anew
+    model.discard()
+    assert torch.equal(model.eval().features(images), before), "nothing is open: nothing to let go"
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_begun_again_it_starts_from_the_model_before_it(name: str, make_strategy: Any, class_benchmark: Any) -> None:
+    """Broken off while the prompt rests: the prompt trains again, and what measures the start sees the start."""
+    starts: list[Tensor] = []
+    trains: list[bool] = []
+
+    class Watch(SupervisedPlugin):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_epochs == 0:
+                starts.append(strategy.features_at_start()[0])
+                if strategy.model.prompt is not None:
+                    trains.append(strategy.model.prompt.prompt.requires_grad)
+
+    options = {"prompt_length": 2} if name == "fm_lora" else {}
+    strategy = make_strategy(
+        name,
+        plugins=[_Do(3, _stop), Watch()],
+        lr_schedule="constant",
+        classifier="class_mean",
+        row_transport=True,
+        **options,
+    )
+    first, second, _ = class_benchmark.train_stream
+    strategy.train(first)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    strategy.train(list(class_benchmark.train_stream)[1])  # another object for the same experience
+    assert len(starts) == 3
+    torch.testing.assert_close(starts[2], starts[1])
+    assert all(trains)
+    assert int(strategy.model.lora.experiences) == 2
+    assert strategy.model.prompt is None or int(strategy.model.prompt.experience) == 2
+    if name == "fm_lora":
+        ranks = next(p for p in strategy.plugins if hasattr(p, "history"))
+        assert [row["experience"] for row in ranks.history] == [0, 1]
+
+
+def test_rows_of_the_past_stay_if_their_class_was_broken_off(make_strategy: Any, domain_benchmark: Any) -> None:
+    strategy = make_strategy("linear_probe", plugins=[_Do(3, _stop)])
+    first, second, _ = domain_benchmark.train_stream
+    strategy.train(first)
+    rows = strategy.model.head.rows.clone()
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    strategy.model.discard()
+    assert torch.equal(strategy.model.head.rows, rows)
+    assert strategy.model.head.active_rows is None
+
+
+def test_another_experience_goes_on_with_what_was_learned(make_strategy: Any, class_benchmark: Any) -> None:
+    strategy = make_strategy("inflora", plugins=[_Do(3, _stop)])
+    first, second, third = class_benchmark.train_stream
+    strategy.train(first)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    learned = strategy.model.lora.layers[0].up
+    strategy.train(third)
+    assert int(strategy.model.lora.experiences) == 2
+    assert learned is not None
+
+
+@pytest.mark.parametrize("name", ["l2p", "dual_prompt", "coda_prompt"])
+def test_no_query_of_an_image_outlives_its_experience(
+    name: str, make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    """Class means are taken when the task is closed, in a pass of their own."""
+    strategy = make_strategy(name, classifier="class_mean", row_transport=True)
+    train(strategy, class_benchmark, n=2, after=lambda s: _assert_no_queries(s.model.queries))
+
+
+def _assert_no_queries(cache: Any) -> None:
+    assert cache.enabled
+    assert not len(cache)
+    assert cache._weights is None
