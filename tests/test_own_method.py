@@ -136,8 +136,17 @@ def test_what_was_saved_predicts_the_same(
     loaded.load(path)
     assert loaded.model.adapter_numbers()[""] == {"task": 2, "sizes": [2, 2]}
     assert torch.equal(loaded.model.eval()(images), trained.model.eval()(images))
-    loaded.model.sizes.append(1)
-    assert trained.model.sizes == [2, 2]
+
+
+def test_numbers_that_are_kept_are_a_copy(make_vit: Any) -> None:
+    model = _strategy(make_vit()).model
+    model.sizes = [2]
+    kept = model.adapter_numbers()
+    model.sizes.append(3)
+    assert kept[""]["sizes"] == [2]
+    model.load_adapter_numbers(kept)
+    model.sizes.append(4)
+    assert kept[""]["sizes"] == [2]
 
 
 def test_a_network_that_grows_is_told_how_to_be_loaded(

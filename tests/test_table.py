@@ -249,6 +249,8 @@ def test_each_benchmark_begins_under_a_heading_of_its_own() -> None:
     assert [
         line.strip("|").split("|")[0].strip() for line in render(summary_rows(records)).splitlines()[2:]
     ] == expected
+    only_joint = render(summary_rows([r for r in records if r["config"]["method"] == "joint"]))
+    assert only_joint.count(f"*{joint}*") == 2, "a block is one benchmark's"
     headings = [line for line in render(summary_rows(records), "latex").splitlines() if "multicolumn" in line]
     assert [line.partition(r"\emph{")[2].partition("}")[0] for line in headings] == [joint, "cars", joint]
 

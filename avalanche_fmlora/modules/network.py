@@ -178,7 +178,7 @@ class ContinualNetwork(nn.Module):
             for name, module in self.named_modules()
             if name.partition(".")[0] != "vit" and type(module).__module__.partition(".")[0] not in _KNOWN
         }
-        return {name: numbers for name, numbers in own.items() if numbers}
+        return {name: copy.deepcopy(numbers) for name, numbers in own.items() if numbers}
 
     def load_adapter_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         """Put back what :meth:`adapter_numbers` gave; call :meth:`load_adapter_state` before."""
