@@ -192,6 +192,18 @@ def test_a_file_put_there_by_hand_is_checked_once(
     assert server.requests == []
 
 
+def test_a_file_in_a_folder_that_can_not_be_written_is_checked_in_place(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pack.bin").write_bytes(BODY)
+    monkeypatch.setattr("avalanche_fmlora.data.download.os.access", lambda path, mode: False)
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert [p.name for p in tmp_path.iterdir()] == ["pack.bin"], "neither a lock nor a note"
+    (tmp_path / "pack.bin").write_bytes(BODY[:-5])
+    with pytest.raises(ValueError, match="or give the path of a sound copy"):
+        get(server, tmp_path)
+
+
 def test_a_full_disk_is_said_with_numbers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

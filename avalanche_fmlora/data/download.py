@@ -55,7 +55,8 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
     """The file in `folder`, downloaded unless it is there already.
 
     Two processes that ask for the same file share one download. A file of that name that was put there by other means
-    is checked as well, once: `<name>.checked.json` remembers it until the file changes.
+    is checked as well, once: `<name>.checked.json` remembers it until the file changes. (In a folder that can't be
+    written, as shared data's often can't, it is checked each time.)
 
     Args:
         remote: what to fetch.
@@ -74,19 +75,28 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
+    if target.exists() and not os.access(folder, os.W_OK):
+        _check(remote, target)
+        return target
     with FileLock(folder / f".{remote.name}.lock"):
         if not target.exists():
             download = _TorchvisionDownload if remote.by_torchvision else _Download
             download(remote, target, timeout_s, tries).run()
         elif not _is_checked(remote, target):
-            found = _checksum(target, remote.checksum)
-            if found != remote.checksum:
-                raise ValueError(
-                    f"Expected '{target}' to have {remote.checksum} but it has {found} ({_bytes(target)}): remove it "
-                    f"and type the same command again to fetch {remote.url}, or give the path of a sound copy."
-                )
+            _check(remote, target)
             _remember(remote, target)
     return target
+
+
+def _check(remote: RemoteFile, target: Path) -> None:
+    if _is_checked(remote, target):
+        return
+    found = _checksum(target, remote.checksum)
+    if found != remote.checksum:
+        raise ValueError(
+            f"Expected '{target}' to have {remote.checksum} but it has {found} ({_bytes(target)}): remove it "
+            f"and type the same command again to fetch {remote.url}, or give the path of a sound copy."
+        )
 
 
 class _Download:
