@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig, fetch_backbone
 from avalanche_fmlora.data.config import BenchmarkConfig
@@ -187,15 +187,24 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
     >>> options = {}
     >>> set_option(options, "training.epochs", 3); set_option(options, "rank", 8); options
     {'training': {'epochs': 3}, 'method_options': {'rank': 8}}
+
+    Raises:
+        ValueError: if what should hold the option is something else than options.
     """
     keys = dotted.replace("-", "_").split(".")
     if keys[0] not in RunConfig.model_fields:
         keys = ["method_options", *keys]
     for key in keys[:-1]:
         inner = options.get(key)
-        if not isinstance(inner, dict):
-            inner = options[key] = {}
-        options = inner
+        if isinstance(inner, BaseModel):
+            inner = inner.model_dump(exclude_unset=True)
+        if not isinstance(inner, dict | None):
+            raise ValueError(
+                f"Expected `{key}` to hold options, as `{dotted}` is one of them, but it is {inner!r}: "
+                f"write {key}: {{…}}."
+            )
+        options[key] = {} if inner is None else inner
+        options = options[key]
     options[keys[-1]] = value
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from avalanche_fmlora.config import RunConfig, by_id, find_data, make_run, read_yaml
+from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.planning import plan
 from avalanche_fmlora.results.record import blank_record, run_id, write_record
@@ -147,3 +148,21 @@ def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Path) -> N
 def test_options_that_are_no_mapping_are_named() -> None:
     with pytest.raises(ValueError, match=r"the configuration: got 'x': Input should be a valid dictionary"):
         validate(RunConfig, "x", "the configuration")  # type: ignore[arg-type]
+
+
+def test_a_flag_replaces_no_value_of_another_kind() -> None:
+    """Or another benchmark than the named one would run, with the flag's option."""
+    with pytest.raises(
+        ValueError, match=r"`benchmark` to hold options, as `benchmark.n_experiences` .*'uneven_glyphs'"
+    ):
+        expand({"benchmark": "uneven_glyphs", "methods": ["ncm"]}, [("benchmark.n_experiences", 5)])
+    built = BenchmarkConfig(name="uneven_glyphs")
+    grid = {"benchmark.n_experiences": [5, 10]}
+    runs = expand({"benchmark": built, "methods": ["ncm"], "grid": grid})
+    assert [(r.benchmark.name, r.benchmark.n_experiences) for r in runs] == [
+        ("uneven_glyphs", 5),
+        ("uneven_glyphs", 10),
+    ]
+    assert built.n_experiences is None, "what was given is left alone"
+    (run,) = expand({"methods": [{"method": "fm_lora", "rank_selection": None}]}, [("rank_selection.sigma", 0.5)])
+    assert run.method_options["rank_selection"]["sigma"] == 0.5
