@@ -94,7 +94,7 @@ def test_forgetting_is_negative_when_the_last_experience_helps() -> None:
 )
 def test_against_literal_twin(T: int, fast: Callable[..., float], reference: Callable[..., float]) -> None:
     full = np.random.default_rng(T).random((T, T))
-    assert fast(full) == pytest.approx(reference(full.tolist()), abs=1e-11)
+    assert fast(full) == pytest.approx(reference(full.tolist()), abs=1e-14)
     lower = np.where(np.tri(T, dtype=bool), full, np.nan)
     assert fast(lower) == fast(full), "entries above the diagonal must not count"
     assert fast(lower.tolist()) == fast(full)
@@ -178,7 +178,7 @@ def test_paired_interval_against_scipy(n: int) -> None:
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     got = paired_difference(a.tolist(), b.tolist())
     assert got.n == n
-    assert got.mean == pytest.approx((a - b).mean(), abs=1e-11)
+    assert got.mean == pytest.approx((a - b).mean(), abs=1e-14)
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-8)
 
 
