@@ -76,7 +76,8 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
     if target.exists() and not os.access(folder, os.W_OK):
-        _check(remote, target)
+        if not _is_checked(remote, target):
+            _check(remote, target)
         return target
     with FileLock(folder / f".{remote.name}.lock"):
         if not target.exists():
@@ -89,8 +90,6 @@ def fetch(remote: RemoteFile, folder: str | os.PathLike[str], *, timeout_s: floa
 
 
 def _check(remote: RemoteFile, target: Path) -> None:
-    if _is_checked(remote, target):
-        return
     found = _checksum(target, remote.checksum)
     if found != remote.checksum:
         raise ValueError(
