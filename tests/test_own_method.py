@@ -30,7 +30,7 @@ class Adapted(ContinualNetwork):
     def __init__(self, vit: Any, head: Any) -> None:
         super().__init__(vit, head)
         self.adapters = nn.ModuleList()
-        self.task, self.sizes = 0, list[int]()
+        self.task, self.sizes, self.strength = 0, list[int](), 1.0
         for _ in range(0 if self.grows else 3):
             self.add()
 
@@ -136,6 +136,21 @@ def test_what_was_saved_predicts_the_same(
     loaded.load(path)
     assert loaded.model.adapter_numbers()[""] == {"task": 2, "sizes": [2, 2]}
     assert torch.equal(loaded.model.eval()(images), trained.model.eval()(images))
+
+
+def test_a_file_takes_no_option_back(make_vit: Any, class_benchmark: Any, train: Any, tmp_path: Path) -> None:
+    """What a network was built with is the new strategy's, and so is a count that the saved one had not begun."""
+    path = _strategy(make_vit()).save(tmp_path / "own.safetensors")
+
+    class Stronger(Adapted):
+        def __init__(self, vit: Any, head: Any) -> None:
+            super().__init__(vit, head)
+            self.strength = 2.0
+
+    strategy = train(_strategy(make_vit(), Stronger), class_benchmark, n=1)
+    assert strategy.model.task == 1
+    strategy.load(path)
+    assert (strategy.model.task, strategy.model.sizes, strategy.model.strength) == (0, [], 2.0)
 
 
 def test_numbers_that_are_kept_are_a_copy(make_vit: Any) -> None:

@@ -125,8 +125,7 @@ class IncrementalHead(nn.Module):
             self.rows[self.active] = self.active_rows.detach()
         if self.active_bias is not None:
             self.bias[self.active] = self.active_bias.detach()
-        self.active_rows, self.active_bias = None, None
-        self.active = self.active[:0]
+        self.discard()
 
     def discard(self) -> None:
         """Let go of an open experience: its rows stay as they were when it began."""

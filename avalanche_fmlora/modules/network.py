@@ -20,7 +20,6 @@ from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, fre
 _LOG = logging.getLogger(__name__)
 _PACKAGE = f"{__name__.partition('.')[0]}."
 _KNOWN = (_PACKAGE[:-1], "torch", "timm")
-_OPTIONS = ("training", "pooling")
 _OWN_PARTS = ("vit", "head", "lora", "prompt", "selector")
 _GROWS = " If {} grows from experience to experience, let its `make_room(state)` add what the saved one had."
 _NETWORKS_OF: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[ContinualNetwork]] = weakref.WeakKeyDictionary()
@@ -31,7 +30,8 @@ class ContinualNetwork(nn.Module):
 
     A method with other parts subclasses this: `features` is its forward pass, `begin` and `end` open and close an
     experience, `parameter_groups` says what trains, `extra_loss` adds to the loss, `make_room` lets parts that grow be
-    loaded. Files and checkpoints keep its parameters, its buffers, and numbers and text in its attributes.
+    loaded. Files and checkpoints keep its parameters, its buffers, and of numbers and text in its attributes those that
+    have changed since it was built.
 
     Args:
         vit: frozen here; the user's own object, adapted in place (with a warning if another network has it, too).
@@ -61,6 +61,7 @@ class ContinualNetwork(nn.Module):
         self.prompt = prompt
         self.selector: RankSelector | None = None
         self.last_features: Tensor | None = None
+        self._built: dict[str, dict[str, Any]] = {}
         self._backbone = frozenset(f"vit.{name}" for name in backbone_parameter_names(vit))
         others = _NETWORKS_OF.setdefault(vit, weakref.WeakSet())
         if lora is not None and others:
@@ -171,19 +172,31 @@ class ContinualNetwork(nn.Module):
         own = self.state_dict()
         return {k: v for k, v in own.items() if k not in self._backbone and not k.startswith("selector.")}
 
+    def built(self) -> ContinualNetwork:
+        """Say that it is built: numbers that its attributes have now are options, which no file takes back."""
+        self._built = self._numbers()
+        return self
+
     def adapter_numbers(self) -> dict[str, dict[str, Any]]:
-        """Numbers and text in attributes of a subclass and its own parts, which no state dict shows, by module."""
-        own = {
-            name: {k: v for k, v in vars(module).items() if k not in _OPTIONS and k[0] != "_" and _is_plain(v)}
-            for name, module in self.named_modules()
-            if name.partition(".")[0] != "vit" and type(module).__module__.partition(".")[0] not in _KNOWN
-        }
-        return {name: copy.deepcopy(numbers) for name, numbers in own.items() if numbers}
+        """Numbers and text in attributes of a subclass and its own parts, by module: what has changed since `built`."""
+        changed = {}
+        for name, numbers in self._numbers().items():
+            before = self._built.get(name, {})
+            changed[name] = {k: v for k, v in numbers.items() if k not in before or before[k] != v}
+        return {name: numbers for name, numbers in changed.items() if numbers}
 
     def load_adapter_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         """Put back what :meth:`adapter_numbers` gave; call :meth:`load_adapter_state` before."""
-        for name, values in numbers.items():
-            vars(self.get_submodule(name)).update(copy.deepcopy(dict(values)))
+        for part in (self._built, numbers):
+            for name, values in part.items():
+                vars(self.get_submodule(name)).update(copy.deepcopy(dict(values)))
+
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {k: copy.deepcopy(v) for k, v in vars(module).items() if _is_number(k, v)}
+            for name, module in self.named_modules()
+            if name.partition(".")[0] != "vit" and type(module).__module__.partition(".")[0] not in _KNOWN
+        }
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         """Before loading: grow what `begin` adds to, until it has a place for each tensor of `state`. Nothing here."""
@@ -200,7 +213,6 @@ class ContinualNetwork(nn.Module):
                 f"Expected a head of width {self.head.dim} but the saved one has {width}: "
                 "build the strategy with the `pooling` and the backbone that it was saved with."
             )
-        self.head.before = self.head.before[:0]
         self.make_room(state)
         opened = () if self.lora is None else self.lora.layers[0].opened
         own = {k for k in self.adapter_state() if ".active_" not in k and k.rpartition(".")[2] not in opened}
@@ -211,10 +223,9 @@ class ContinualNetwork(nn.Module):
                 "build the strategy with the options that it was saved with."
                 + ("" if type(self).__module__.startswith(_PACKAGE) else _GROWS.format(type(self).__name__))
             )
-        if self.prompt is not None:
-            self.prompt.end()
+        self.discard()
+        self.head.before = self.head.before[:0]
         if self.lora is not None:
-            self.lora.discard()
             self.lora.unmerge()
         self.load_state_dict(state, strict=False)
 
@@ -233,6 +244,11 @@ class ContinualNetwork(nn.Module):
         """Numbers trained in the current experience, the head's rows left out."""
         groups = self.parameter_groups()
         return sum(p.numel() for name, ps in groups.items() if name not in ("head", "rank") for p in ps)
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether an attribute is a number, text, or a list or dict of them, of the module's own."""
+    return name != "training" and name[0] != "_" and _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:

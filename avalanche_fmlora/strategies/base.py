@@ -30,7 +30,7 @@ from avalanche_fmlora.strategies.optimization import Optimization
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer
 from avalanche_fmlora.strategies.task_labels import TaskLabels
 from avalanche_fmlora.strategies.trained import Trained
-from avalanche_fmlora.strategies.training_set import TrainingSet, classes_of
+from avalanche_fmlora.strategies.training_set import TrainingSet, classes_of, is_same
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 
 _LOG = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)
         network.pooling = self.config.pooling
+        network.built()
         self._passes_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         super().__init__(
             model=network,
@@ -235,7 +236,7 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         with data, experience and model as they will be, plugins have their `on_begin`.
         """
         assert self.experience is not None
-        if self._current is not None and _is_same(self._current, self.experience):
+        if self._current is not None and is_same(self._current, self.experience):
             self.model.discard()  # it was broken off, or is over and nothing is open
         self._current = None
         self._take_training_set()
@@ -308,14 +309,6 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
     def training_identity(self) -> dict[str, Any]:
         """What two strategies must share for one to take the other's training state: see :mod:`training_state`."""
         return training_identity(self)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two experiences are one: Avalanche's streams make new objects each time they are asked."""
-    numbers = [getattr(e, "current_experience", None) for e in (one, other)]
-    return one is other or (
-        numbers[0] == numbers[1] is not None and sorted(classes_of(one)) == sorted(classes_of(other))
-    )
 
 
 # Avalanche has wrapped this class's constructor in the same check; see `__init_subclass__`.

@@ -57,6 +57,12 @@ def classes_of(experience: Any) -> list[int]:
     return sorted(_labels_in(experience.dataset) if classes is None else {int(c) for c in classes})
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two experiences are one: Avalanche's streams make new objects each time they are asked."""
+    numbers = [getattr(e, "current_experience", None) for e in (one, other)]
+    return one is other or (numbers[0] == numbers[1] is not None and classes_of(one) == classes_of(other))
+
+
 def _labels_in(dataset: Any) -> set[int]:
     """Labels that occur, which Avalanche's data sets know without reading all of them."""
     labels = [getattr(c, "item", lambda c=c: c)() for c in getattr(dataset.targets, "uniques", dataset.targets)]
