@@ -5,6 +5,7 @@ A file appears whole or not at all, says what it is a checkpoint of and carries 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from avalanche_fmlora.backbones import state_sha256
-from avalanche_fmlora.results.record import write_atomically
+from avalanche_fmlora.results.record import is_old, write_atomically
 
 _FORMAT = "avalanche_fmlora checkpoint 1"
 _NAME = re.compile(r"experience-(\d{4,})\.safetensors")
@@ -98,10 +99,13 @@ class CheckpointFolder:
         path = write_checkpoint(self.folder / f"experience-{finished:04d}.safetensors", state, identity)
         files = self.files()
         kept = [n for n in files if n <= finished][-self.keep :]
-        unfinished = self.folder.glob(f".{path.stem[:10]}*.tmp")  # of writers that were killed
-        for file in [*(p for n, p in files.items() if n not in kept), *unfinished]:
+        for file in [*(p for n, p in files.items() if n not in kept), *self._left_behind()]:
             file.unlink(missing_ok=True)
         return path
+
+    def _left_behind(self) -> list[Path]:
+        """What writers that were killed had begun; a younger file may be another process's that runs the same."""
+        return [path for path in self.folder.glob(".experience-*.tmp") if is_old(path)]
 
     def latest(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """The last good checkpoint, as (finished experiences, state); None if there is no file.
@@ -127,9 +131,9 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Delete all files, and the folder if nothing else is in it."""
-        for path in [*self.files().values(), *self.folder.glob(".experience-*.tmp")]:
+        for path in [*self.files().values(), *self._left_behind()]:
             path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from avalanche_fmlora.backbones import BackboneConfig, fetch_backbone
-from avalanche_fmlora.data.config import BenchmarkConfig
+from avalanche_fmlora.data.config import BenchmarkConfig, last_name
 from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
 from avalanche_fmlora.strategies.registry import method as method_class
@@ -79,7 +79,7 @@ class RunConfig(StrictModel):
         plain["method_options"] = self.resolved_method().model_dump(mode="json")
         plain["benchmark"] = self.benchmark.identity()
         if plain["backbone"]["weights"] is not None:
-            plain["backbone"]["weights"] = Path(plain["backbone"]["weights"]).name
+            plain["backbone"]["weights"] = last_name(plain["backbone"]["weights"])
         return plain
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from avalanche_fmlora.backbones import release_backbones
 from avalanche_fmlora.config import RunConfig, by_id, located
-from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
+from avalanche_fmlora.executors import RESERVING, Executor, Resources, RunLost, make_executor
 from avalanche_fmlora.executors.local import InProcess, Processes, check_device
 from avalanche_fmlora.results.record import Record, blank_record, check_folder, environment, find_record, write_record
 from avalanche_fmlora.resuming import known_record
@@ -37,8 +37,9 @@ def sweep(
     Args:
         configs: the runs; the same one twice counts once.
         folder: of the records; interrupted, it holds all finished runs, and the same call goes on from there.
-        executor: ``local``, ``processes``, ``ray``, ``slurm``, or an executor of your own, which then knows about jobs
-            and threads; None is ``processes`` for several jobs, else ``local``.
+        executor: ``local``, ``processes``, ``ray`` (a GPU for each run unless `device` is the CPU), or an executor of
+            :func:`~avalanche_fmlora.executors.make_executor`, as SLURM needs it, or of your own, which then knows about
+            jobs and threads; None is ``processes`` for several jobs, else ``local``.
         jobs: runs at once.
         device: where to compute.
         threads: CPU threads a run; None shares the cores out.
@@ -60,7 +61,8 @@ def sweep(
     if executor is None:
         executor = "processes" if jobs > 1 else "local"
     if isinstance(executor, str):
-        executor = make_executor(executor, Resources(jobs=jobs, threads=threads), folder)
+        gpus = 1.0 if device != "cpu" and executor in RESERVING else 0.0
+        executor = make_executor(executor, Resources(jobs, threads, gpus_per_run=gpus), folder)
     if isinstance(executor, InProcess | Processes):
         check_device(device)
     unique = by_id(configs)
@@ -109,7 +111,10 @@ def run_and_write(
     except Exception as error:
         logger.debug("%s", traceback.format_exc())
         record = _failed(config, f"{type(error).__name__}: {error}", device, threads)
-    write_record(record, folder)
+    try:
+        write_record(record, folder)
+    except FileExistsError:  # another process of the same sweep has finished it meanwhile
+        return find_record(folder, config.identity()) or record
     if record["status"] == "finished":
         checkpoints.clear()
     return record

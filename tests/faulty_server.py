@@ -20,6 +20,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.body, self.etag, self.ranges_allowed = BODY, '"one"', True
         self.send_length = True
+        self.pages: list[str] = []
         self.cuts: list[int] = []
         self.stalls = 0
         self.statuses: list[int] = []
@@ -43,6 +44,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         if server.statuses:
             self.send_error(server.statuses.pop(0))
+            return
+        if server.pages:
+            self.send_response(200)
+            self.send_header("Content-Type", server.pages.pop(0))
+            self.end_headers()
+            self.wfile.write(b"<html>Please sign in to this network.</html>")
             return
         start = 0
         if asked and server.ranges_allowed and self.headers.get("If-Range") in (None, server.etag):

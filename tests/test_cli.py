@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from avalanche_fmlora.cli import main
 from avalanche_fmlora.cli.common import messages
+from avalanche_fmlora.executors import Resources
 
 SMALL = [
     "--benchmark", "image_folder", "--n-experiences", "2", "--backbone", "test_vit", "--backbone.pretrained", "false",
@@ -192,6 +193,30 @@ def test_mistakes_are_one_message(
     assert message in done.stderr
     assert isinstance(done.exception, SystemExit)
     assert not list(tmp_path.rglob("*.json")), "nothing was started, so nothing failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs", "gpus"),
+    [
+        (["--executor", "ray", "--device", "cuda"], None, 1.0),
+        (["--executor", "slurm", "--device", "cuda", "--gpus-per-run", "2"], None, 2.0),
+        (["--executor", "ray"], None, 0.0),
+        (["--executor", "processes", "--device", "cuda"], 1, 0.0),
+        (["--device", "cuda", "--jobs", "2"], 2, 0.0),
+    ],
+)
+def test_a_run_on_a_cluster_has_the_gpu_that_it_computes_on(
+    arguments: list[str], jobs: int | None, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Resources] = []
+
+    def make_executor(name: str, resources: Resources, folder: Path) -> None:
+        asked.append(resources)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("avalanche_fmlora.executors.make_executor", make_executor)
+    assert "seen" in CliRunner().invoke(main, ["compare", "--methods", "ncm", *arguments]).stderr
+    assert [(r.jobs, r.gpus_per_run) for r in asked] == [(jobs, gpus)]
 
 
 def test_list_names_methods_and_their_options() -> None:

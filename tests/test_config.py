@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from avalanche_fmlora.config import RunConfig, by_id, find_data, make_run, read_yaml
+from avalanche_fmlora.config import RunConfig, by_id, find_data, located, make_run, read_yaml
 from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.planning import plan
@@ -138,6 +138,17 @@ def test_two_files_of_one_name_are_not_one_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would have one record"):
         plan(runs, tmp_path / "records")
     assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("path", [".", "..", "../pets", "inner/.."])
+def test_a_run_has_one_id_wherever_its_path_is_told_from(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pets" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pets")
+    config = make_run({"method": "ncm", "benchmark": {"name": "image_folder", "path": path}})
+    assert located(config, None).identity() == config.identity()
+    assert config.identity()["benchmark"]["path"] == ("pets" if path != ".." else tmp_path.name)
 
 
 def test_a_whole_published_data_set_is_one_wherever_it_lies(tmp_path: Path) -> None:

@@ -147,6 +147,23 @@ def test_another_size_is_refused_before_it_is_fetched(server: Server, tmp_path: 
         get(server, tmp_path)
 
 
+def test_a_web_page_in_place_of_the_file_takes_nothing_away(server: Server, tmp_path: Path) -> None:
+    server.cuts = [400_000]
+    with pytest.raises(ConnectionError):
+        get(server, tmp_path, tries=1)
+    server.pages = ["text/html; charset=utf-8"] * 3
+    with pytest.raises(ConnectionError, match=r"a web page in place of the file; 400,000 bytes of 1280000 are here"):
+        get(server, tmp_path, tries=2)
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server)[1:] == ["bytes=400000-"] * 4
+
+
+def test_a_page_that_was_taken_for_the_file_costs_one_more_fetch(server: Server, tmp_path: Path) -> None:
+    server.pages = ["application/octet-stream"]
+    assert get(server, tmp_path).read_bytes() == BODY
+    assert asked(server)[0] is asked(server)[-1] is None, "from its first byte, since the pieces don't fit"
+
+
 def test_without_a_length_the_checksum_decides(server: Server, tmp_path: Path) -> None:
     server.send_length = False
     assert get(server, tmp_path, size=None).read_bytes() == BODY

@@ -23,7 +23,7 @@ import executor_tasks as tasks
 
 from avalanche_fmlora.config import RunConfig, make_run
 from avalanche_fmlora.executors import Executor, Resources, RunLost, make_executor
-from avalanche_fmlora.results.record import Record, read_records
+from avalanche_fmlora.results.record import Record, read_records, write_record
 from avalanche_fmlora.sweep import sweep
 
 pytestmark = pytest.mark.timeout(900)  # whole processes start here, slowly on a busy machine
@@ -264,6 +264,17 @@ def test_a_lost_run_is_a_failed_record_until_it_is_asked_for(
     assert Loses.called == 1
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_taken_from_it(
+    configs: list[RunConfig], whole: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_down(config: RunConfig, **options: Any) -> Record:
+        write_record(whole[1], tmp_path)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("avalanche_fmlora.experiment.run", breaks_down)
+    assert sweep(configs[1:], tmp_path, threads=1) == [whole[1]]
+
+
 def test_records_from_another_file_system_are_kept(
     configs: list[RunConfig], whole: list[Record], tmp_path: Path
 ) -> None:
@@ -287,6 +298,8 @@ def test_records_from_another_file_system_are_kept(
         ("processes", {"gpus_per_run": 1.0}, "reserves nothing"),
         ("ray", {"slurm": {"timeout_min": 1}}, "takes no SLURM options"),
         ("slurm", {"gpus_per_run": 0.5}, "whole GPUs"),
+        ("slurm", {}, "the minutes .*--slurm timeout_min=240"),
+        ("slurm", {"slurm": {"slurm_partition": "fast"}}, "the minutes .*goes on after its last finished experience"),
     ],
 )
 def test_resources_that_an_executor_cannot_give(
@@ -317,7 +330,7 @@ def test_what_is_asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).write_text('#!/bin/sh\ncp "$1" "$(dirname "$0")/script"\nexit 1\n')
         (tmp_path / name).chmod(0o755)
     with pytest.raises(ValueError, match="nonsense"):
-        outcomes(make_executor("slurm", slurm(slurm={"nonsense": 1}), tmp_path / "records"), work)
+        outcomes(make_executor("slurm", slurm(slurm={**options, "nonsense": 1}), tmp_path / "records"), work)
     executor = make_executor("slurm", slurm(slurm=options), tmp_path / "records")
     with pytest.raises(ValueError, match="can't submit"):
         outcomes(executor, work)

@@ -117,3 +117,17 @@ def test_of_several_at_once_one_decompresses(tmp_path: Path, monkeypatch: pytest
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(read, range(3))) == [FILES] * 3
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_with_holes_are_refused_since_their_bytes_lie_elsewhere(tmp_path: Path, kind: int) -> None:
+    member = tarfile.TarInfo("pets/0.jpg")
+    member.size = 512
+    if kind == tarfile.GNU_FORMAT:
+        member.type = tarfile.GNUTYPE_SPARSE
+    else:
+        member.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": "0,512", "GNU.sparse.size": "4096"}
+    with tarfile.open(tmp_path / "pets.tar", "w", format=kind) as archive:
+        archive.addfile(member, io.BytesIO(bytes(512)))
+    with pytest.raises(ValueError, match=r"'pets/0.jpg' of 'pets.tar' .*without --sparse"):
+        content(tmp_path / "pets.tar", tmp_path)

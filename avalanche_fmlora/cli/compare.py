@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--jobs", type=click.IntRange(1), help="Runs at once [default: one a core; one on a GPU].")
 @click.option("--cpus-per-run", type=click.IntRange(1), help="CPU cores that ray or slurm reserve a run [default: 1].")
-@click.option("--gpus-per-run", type=click.FloatRange(0), default=0.0, help="GPUs they reserve; with --device cuda.")
+@click.option("--gpus-per-run", type=click.FloatRange(0), help="GPUs they reserve [default: 1 with --device cuda].")
 @click.option("--slurm", multiple=True, metavar="NAME=VALUE", help="Option of submitit: timeout_min=240; repeatable.")
 @running_options
 @click.pass_context
@@ -76,7 +76,7 @@ def compare(
         from avalanche_fmlora.sweep import sweep
 
         configs = _configs(config_files, context.args, flags)
-        resources = _resources(flags, device)
+        resources = _resources(flags, device, executor)
         name = executor or ("processes" if resources.jobs != 1 else "local")
         chosen = make_executor(name, resources, out / "records")
         if dry_run:
@@ -125,15 +125,18 @@ def _configs(files: tuple[Path, ...], arguments: Sequence[str], flags: dict[str,
     return expand(options, fields)
 
 
-def _resources(flags: dict[str, Any], device: str) -> Resources:
+def _resources(flags: dict[str, Any], device: str, executor: str | None) -> Resources:
     """One run at once on a GPU, unless another number is asked for: how many fit in its memory is not known here."""
-    from avalanche_fmlora.executors import Resources
+    from avalanche_fmlora.executors import RESERVING, Resources
 
-    if flags["gpus_per_run"] and device == "cpu":
+    gpus = flags["gpus_per_run"]
+    if gpus is None:
+        gpus = 1.0 if device != "cpu" and executor in RESERVING else 0.0
+    if gpus and device == "cpu":
         raise ValueError("--gpus-per-run reserves GPUs that --device cpu does not use: add --device cuda.")
     slurm = {name: read_value(text) for name, text in read_pairs("--slurm", flags["slurm"]).items()}
-    jobs = flags["jobs"] or (None if device == "cpu" or flags["gpus_per_run"] else 1)
-    return Resources(jobs, flags["threads"], flags["cpus_per_run"], flags["gpus_per_run"], slurm)
+    jobs = flags["jobs"] or (None if device == "cpu" or gpus else 1)
+    return Resources(jobs, flags["threads"], flags["cpus_per_run"], gpus, slurm)
 
 
 @contextmanager

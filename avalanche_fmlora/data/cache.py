@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import filelock
 import numpy as np
 
+from avalanche_fmlora.results.record import is_old
+
 logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -30,9 +32,19 @@ _FORMAT = "avalanche_fmlora.images.v1"
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/avalanche_fmlora`, or `~/.cache/avalanche_fmlora` where the variable is unset or empty."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "avalanche_fmlora"
+    """`$XDG_CACHE_HOME/avalanche_fmlora`, or `~/.cache/avalanche_fmlora` where the variable is unset or empty.
+
+    Raises:
+        FileNotFoundError: if this user has no home folder and the variable is unset.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "avalanche_fmlora"
+    try:
+        return Path("~/.cache").expanduser() / "avalanche_fmlora"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "There is no home folder to keep images in: set XDG_CACHE_HOME, or give `cache_dir`."
+        ) from None
 
 
 def cached_images(
@@ -51,8 +63,8 @@ def cached_images(
     """
     try:
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    except RuntimeError as error:
-        logger.warning("No cache folder (%s): the images stay in memory. Set XDG_CACHE_HOME or cache_dir.", error)
+    except (FileNotFoundError, RuntimeError) as error:
+        logger.warning("%s Until then the images stay in memory.", error)
         return build()
     stored = _load(folder, key, shape)
     if stored is not None:
@@ -93,6 +105,9 @@ def _facts(key: str, images: np.ndarray, n_bytes: int) -> dict[str, Any]:
 
 def _store(folder: Path, key: str, images: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{key}.*.part"):
+        if is_old(left):  # of a process that was killed
+            left.unlink(missing_ok=True)
     write_whole(folder / f"{key}.npy", lambda file: np.save(file, images, allow_pickle=False))
     facts = _facts(key, images, (folder / f"{key}.npy").stat().st_size)
     write_whole(folder / f"{key}.json", lambda file: file.write(json.dumps(facts).encode()))

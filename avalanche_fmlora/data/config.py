@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,15 @@ _WHY_NOT = {
     "domain_glyphs": "its images are drawn, in one experience a style",
     "domainnet": "it has one experience a domain",
 }
+
+
+def last_name(path: str | Path) -> str:
+    """What a record keeps of a path, the same before and after it is made absolute.
+
+    >>> last_name("data/photos/"), last_name("/data/photos/../pets"), last_name(".") == Path.cwd().name
+    ('photos', 'pets', True)
+    """
+    return Path(os.path.abspath(Path(path).expanduser())).name
 
 
 class BenchmarkConfig(BaseModel):
@@ -133,7 +143,7 @@ class BenchmarkConfig(BaseModel):
         lies or came from."""
         plain = self.model_dump(mode="json", exclude={"download"})
         for field in ("path", "split_file"):
-            plain[field] = None if plain[field] is None else Path(plain[field]).name
+            plain[field] = None if plain[field] is None else last_name(plain[field])
         if self.is_published:
             return plain if self.subset else {**plain, "path": None}
         return {field: plain[field] for field in ("name", "path", "n_experiences", "augment")}

@@ -28,7 +28,7 @@ def decode_image(data: bytes, image_size: int, interpolation: str = "bicubic") -
     """An encoded image (of several frames, the first) as uint8 RGB [image_size, image_size, 3].
 
     The orientation in the EXIF data is applied, transparency is laid on white, 16 bits become 8. The shorter side is
-    resized to `image_size`, the centre is cut out.
+    resized to `image_size`, the centre is cut out, as torchvision's `Resize` and `CenterCrop` do it.
 
     Raises:
         ValueError: if the data are empty or of a kind that can't become 8-bit RGB.
@@ -36,8 +36,7 @@ def decode_image(data: bytes, image_size: int, interpolation: str = "bicubic") -
     """
     image = _opened(data)
     width, height = image.size
-    scale = image_size / min(width, height)
-    full = (max(image_size, round(width * scale)), max(image_size, round(height * scale)))
+    full = tuple(image_size * length // min(width, height) for length in (width, height))  # cut as torchvision does
     left, top = (round((side - image_size) / 2) for side in full)
     x, y = width / full[0], height / full[1]
     # The box makes PIL compute the centre only, at bounded memory: the pixels of a whole resize, up to what PIL rounds

@@ -108,10 +108,12 @@ class _Download:
         self.part = target.with_name(f"{target.name}.part")
         self.facts = target.with_name(f"{target.name}.part.json")
         self.total = remote.size
+        self.pieces = 0
 
     def run(self) -> None:
-        """Fetch, check and rename; a resumed file with a wrong checksum is fetched once more from its first byte."""
-        for resumed in (self._offset() > 0, False):
+        """Fetch, check and rename; a wrong file that came in pieces is fetched once more as a whole."""
+        for again in (True, False):
+            self.pieces = 1 if self._offset() else 0
             self._receive()
             found = _checksum(self.part, self.remote.checksum)
             if found == self.remote.checksum:
@@ -120,7 +122,7 @@ class _Download:
                 _remember(self.remote, self.target)
                 return
             self._forget()
-            if not resumed:
+            if not again or self.pieces < 2:
                 break
             logger.warning("The resumed %s is not the published one: fetched once more.", self.remote.name)
         raise self._changed(f"what came has {found}")
@@ -165,6 +167,7 @@ class _Download:
             bar.total = self.total
             bar.n = start
             with open(self.part, "ab" if start else "wb") as file:
+                self.pieces += 1
                 while chunk := response.read1(_CHUNK_BYTES):  # what is there: a stall then loses nothing
                     file.write(chunk)
                     bar.update(len(chunk))
@@ -185,6 +188,7 @@ class _Download:
         """The byte at which the answer starts; notes its size and version.
 
         Raises:
+            ConnectionError: if the answer is a web page or of another range.
             ValueError: if the server has a file of another size than the published one.
         """
         start, total = 0, response.headers.get("Content-Length")
@@ -194,6 +198,8 @@ class _Download:
                 self._forget()
                 raise ConnectionError(f"the server answered with the range {response.headers.get('Content-Range')!r}")
             start, total = offset, None if said[2] == "*" else said[2]
+        elif response.headers.get_content_type() == "text/html":  # a network's sign-in page: what came is kept
+            raise ConnectionError("the server answered with a web page in place of the file")
         if total is not None and self.remote.size not in (None, int(total)):
             raise ValueError(
                 f"Expected {self.remote.url} to be {self.remote.size:,} bytes but the server offers {int(total):,}: "

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
-_DECODER_VERSION = 1
+_DECODER_VERSION = 2
 
 
 def image_folder(

@@ -158,7 +158,12 @@ def _torn(path: Path, why: object) -> ValueError:
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
-    """Raise ValueError for a member that could leave the archive's folder or is no plain file or folder."""
+    """Raise ValueError for a member that could leave the archive's folder, or is no plain file or folder."""
+    if member.issparse():
+        raise ValueError(
+            f"Member '{member.name}' of '{path.name}' is stored with holes left out: pack the images again without "
+            "--sparse."
+        )
     why = None
     if member.name.startswith("/") or re.match(r"[A-Za-z]:", member.name):
         why = "is an absolute path"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from avalanche_fmlora.executors.base import (
     EXECUTORS,
+    RESERVING,
     Executor,
     Resources,
     RunLost,
@@ -12,4 +13,13 @@ from avalanche_fmlora.executors.base import (
     quiet_imports,
 )
 
-__all__ = ["EXECUTORS", "Executor", "Resources", "RunLost", "available_cores", "make_executor", "quiet_imports"]
+__all__ = [
+    "EXECUTORS",
+    "RESERVING",
+    "Executor",
+    "Resources",
+    "RunLost",
+    "available_cores",
+    "make_executor",
+    "quiet_imports",
+]

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeAlias
 from avalanche_fmlora.results.record import Record
 
 EXECUTORS = ("local", "processes", "ray", "slurm")
+RESERVING = ("ray", "slurm")
+"""Those that give a run the CPUs and GPUs that it asks for, and no others."""
 
 Task: TypeAlias = Callable[[], Record]
 """One run. It can be pickled, writes its own record, and returns it."""
@@ -68,8 +70,7 @@ def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
     """
     if name not in EXECUTORS:
         raise ValueError(f"Expected the executor to be one of {', '.join(EXECUTORS)} but got {name!r}.")
-    reserves = name in ("ray", "slurm")
-    if not reserves and (resources.gpus_per_run or resources.cpus_per_run):
+    if name not in RESERVING and (resources.gpus_per_run or resources.cpus_per_run):
         raise ValueError(f"The executor `{name}` reserves nothing: leave out GPUs and CPUs a run, or take ray.")
     if resources.slurm and name != "slurm":
         raise ValueError(f"The executor `{name}` takes no SLURM options: leave them out, or take slurm.")

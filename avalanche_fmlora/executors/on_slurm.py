@@ -11,13 +11,15 @@ from avalanche_fmlora.results.record import Record
 
 _POLL_S = 2.0
 _TIMEOUTS = 10
+_TIME_LIMITS = {"timeout_min", "slurm_time", "time"}
 
 
 class OnSlurm:
     """One job a run, all in one job array; this process waits for them, and Ctrl-C cancels them.
 
     Args:
-        resources: of a run; `resources.slurm` holds submitit's options, as ``timeout_min`` or ``slurm_partition``.
+        resources: of a run; `resources.slurm` holds submitit's options, as ``slurm_partition``, and has to say how
+            long a job may take (``timeout_min``).
         folder: for submitit's scripts and logs, on a file system that the nodes share.
         cluster: ``slurm``, or for tests submitit's ``local``.
     """
@@ -26,6 +28,12 @@ class OnSlurm:
         self._submitit = optional_package("submitit", "slurm")
         if resources.gpus_per_run != int(resources.gpus_per_run):
             raise ValueError(f"Expected whole GPUs a run on SLURM but got {resources.gpus_per_run}: Ray shares them.")
+        if not _TIME_LIMITS & {*resources.slurm, *resources.slurm.get("slurm_additional_parameters", {})}:
+            raise ValueError(
+                "Expected the minutes that a run may take on SLURM, where submitit asks for 5 unless it is told: give "
+                "--slurm timeout_min=240, or Resources(slurm={'timeout_min': 240}). A run that needs more is queued "
+                f"again, up to {_TIMEOUTS} times, and goes on after its last finished experience."
+            )
         self._cpus = resources.cpus_per_run or resources.threads or 1
         self._threads = resources.threads
         self._folder = folder

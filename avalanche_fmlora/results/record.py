@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ __all__ = [
     "environment",
     "file_name",
     "find_record",
+    "is_old",
     "order_key",
     "read_record",
     "read_records",
@@ -57,6 +59,7 @@ __all__ = [
     "write_record",
 ]
 
+_OLD_S = 3600.0
 _DISTRIBUTIONS = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -209,6 +212,14 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def is_old(path: Path) -> bool:
+    """Whether a file was last written over an hour ago: by then what is written in one go is whole, or left behind."""
+    try:
+        return time.time() - path.stat().st_mtime > _OLD_S
+    except FileNotFoundError:
+        return False
 
 
 def check_folder(folder: Path) -> None:

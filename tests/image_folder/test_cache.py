@@ -142,3 +142,29 @@ def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/somewhere")
     assert default_cache_dir() == Path("/somewhere/.cache/avalanche_fmlora")
+
+
+def test_without_a_home_folder_the_mend_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(FileNotFoundError, match="set XDG_CACHE_HOME, or give `cache_dir`"):
+        default_cache_dir()
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    assert cached_images("ab", images.shape, images.copy) is not None
+    assert "set XDG_CACHE_HOME" in caplog.text
+
+
+def test_what_killed_writers_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    young, old = tmp_path / ".ab.npy.1.a.part", tmp_path / ".ab.npy.2.b.part"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cached_images("ab", images.shape, images.copy, tmp_path)
+    assert young.exists()
+    assert not old.exists()
