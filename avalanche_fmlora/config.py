@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field, model_validator
 from avalanche_fmlora.backbones import BackboneConfig, fetch_backbone
 from avalanche_fmlora.data.config import BenchmarkConfig, last_name
 from avalanche_fmlora.results.record import run_id
-from avalanche_fmlora.strategies.config import MethodConfig, StrictModel, validate
+from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.registry import method as method_class
+from avalanche_fmlora.strict import StrictModel, load_yaml
 
 _LOG = logging.getLogger(__name__)
 DATA_ROOT_VARIABLE = "AVALANCHE_FMLORA_DATA"
@@ -47,9 +48,9 @@ class RunConfig(StrictModel):
     """The frozen ViT."""
     training: TrainingConfig = TrainingConfig()
     """Epochs and batches."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial values and batches."""
-    class_order_seed: int | None = 0
+    class_order_seed: int | None = Field(0, ge=0)
     """Seed of the order of classes (or domains); null keeps the data's own, as does a `benchmark.domain_order`."""
     label: str | None = None
     """Name of the row in tables; it does not change the run."""
@@ -151,7 +152,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"{path} is its own base, by way of {above[-1]}: take that `base` out.")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(options, dict):

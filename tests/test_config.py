@@ -24,6 +24,15 @@ from avalanche_fmlora.sweep import sweep
         ({"method_options": {"rnak": 8}}, "did you mean `rank`"),
         ({"method_options": {"rank_selection": {"sigm": 1}}}, r"`rank_selection.sigm`: did you mean `sigma`"),
         ({"benchmark": {"name": "split_glyph"}}, "split_glyphs"),
+        ({"seed": True}, "`seed` = True: expected a number, not a truth value"),
+        ({"training": {"epochs": True}}, r"`training.epochs` = True: expected a number"),
+        ({"benchmark": {"n_experiences": True}}, r"`benchmark.n_experiences` = True: expected a number"),
+        ({"backbone": {"image_size": True}}, r"`backbone.image_size` = True: expected a number"),
+        ({"method_options": {"core_step": False}}, r"`core_step` = False: expected a number"),
+        ({"method_options": {"rank_selection": {"sigma": True}}}, r"`rank_selection.sigma` = True: expected a number"),
+        ({"seed": -1}, "`seed` = -1"),
+        ({"class_order_seed": -1}, "`class_order_seed` = -1"),
+        ({"method_options": {"seed": -1}}, "fm_lora: `seed` = -1"),
     ],
 )
 def test_a_wrong_field_is_named_with_the_nearest_right_one(options: dict, message: str) -> None:
@@ -64,7 +73,18 @@ def test_yaml_takes_floats_in_any_form(tmp_path: Path) -> None:
     assert config.resolved_method().lr_core == 1e-3  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "field: value"), ("a: [1", "no valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "field: value"),
+        ("a: [1", "no valid YAML"),
+        (
+            "training: {epochs: 2}\nseed: 1\ntraining: {batch_size: 8}\n",
+            r"`training` stands there a second time.*\n.*line 3",
+        ),
+        ("methods:\n- {method: ncm, label: a, label: a}\n", "`label` stands there a second time"),
+    ],
+)
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
@@ -72,6 +92,14 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str
         read_yaml(file)
     with pytest.raises(FileNotFoundError, match="no configuration file"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_may_merge_what_it_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "training: &a {epochs: 2, batch_size: 8}\nmethod_options: &b {<<: *a, epochs: 3}\nx: {<<: *b, epochs: 4}\n"
+    )
+    assert read_yaml(file)["x"] == {"epochs": 4, "batch_size": 8}
 
 
 def test_data_are_found_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from avalanche_fmlora.backbones.registry import EMBEDDED, full_name
+from avalanche_fmlora.strict import StrictModel
 
 _RESERVED_ARGS = {
     "img_size": "`image_size`",
@@ -17,10 +18,10 @@ _RESERVED_ARGS = {
 }
 
 
-class BackboneConfig(BaseModel):
+class BackboneConfig(StrictModel):
     """Which ViT, whose weights, and how its input is normalised."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     name: str = EMBEDDED
     """`glyph_vit` (embedded), a short name (`fmlora list backbones`), or a timm model: `architecture.tag`, or just the

@@ -83,8 +83,10 @@ def read_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def read_value(text: str) -> Any:
     import yaml
 
+    from avalanche_fmlora.strict import load_yaml
+
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from avalanche_fmlora.data.presets import Preset
+from avalanche_fmlora.strict import StrictModel
 
 BenchmarkName = Literal[
     "split_glyphs",
@@ -66,10 +67,8 @@ def last_name(path: str | Path) -> str:
     return Path(os.path.abspath(Path(path).expanduser())).name
 
 
-class BenchmarkConfig(BaseModel):
+class BenchmarkConfig(StrictModel):
     """Which data, and how they are divided into experiences."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: BenchmarkName = "split_glyphs"
     """`split_glyphs`, `domain_glyphs` and `uneven_glyphs` are embedded; `image_folder` takes your own images; the

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from avalanche_fmlora.modules.vit import Pooling
+from avalanche_fmlora.strict import StrictModel, types_in
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Classifier = Literal["linear", "cosine", "class_mean"]
@@ -25,12 +26,6 @@ class _OfTheModel:
 Structural = Annotated[ValueT, _OfTheModel()]
 """Type of an option without which saved tensors can't be read, as ``rank: Structural[int]``; all other options only
 matter to training, so that a strategy with other values may load the file."""
-
-
-class StrictModel(BaseModel):
-    """Frozen, refuses unknown fields, and takes the text under a field as its help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class MethodConfig(StrictModel):
@@ -81,7 +76,7 @@ class MethodConfig(StrictModel):
     """Forward passes in this format (bf16, fp16: autocast; parameters stay in float32)."""
     compile: bool = False
     """Compile the features' forward pass with torch.compile."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the method's own random starts (bases, rows, Gumbel noise)."""
 
 
@@ -122,7 +117,7 @@ def _explain(model: type[BaseModel], where: str, error: Any) -> str:
         said = error["msg"].removeprefix("Value error, ").rstrip(".")
         if error["type"] == "model_type" and len(path) == 1:
             field = model.model_fields[path[0]]
-            off = ", or null (None) to switch it off" if type(None) in _types_in(field.annotation) else ""
+            off = ", or null (None) to switch it off" if type(None) in types_in(field.annotation) else ""
             said = f"expected a dictionary with any of {', '.join(_fields_at(model, [*path, '']))}{off}"
         named = f"`{'.'.join(path)}` =" if path else "got"
         return f"{where}: {named} {error['input']!r}: {said}."
@@ -136,14 +131,8 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         inner = (
-            [a for a in _types_in(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-            if field
-            else []
+            [a for a in types_in(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)] if field else []
         )
         if inner:
             model = inner[0]
     return list(model.model_fields)
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    return [annotation, *getattr(annotation, "__args__", ())]

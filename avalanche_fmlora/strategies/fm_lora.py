@@ -22,8 +22,9 @@ from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
 from avalanche_fmlora.plugins.meta_prompt import MetaPromptPlugin
 from avalanche_fmlora.plugins.rank_selection import RankSelectionPlugin
 from avalanche_fmlora.strategies.base import ContinualStrategy
-from avalanche_fmlora.strategies.config import Classifier, MethodConfig, RecurringRows, StrictModel, Structural
+from avalanche_fmlora.strategies.config import Classifier, MethodConfig, RecurringRows, Structural
 from avalanche_fmlora.strategies.registry import register
+from avalanche_fmlora.strict import StrictModel
 
 
 class RankSelectionConfig(StrictModel):
