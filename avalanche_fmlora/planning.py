@@ -272,7 +272,8 @@ def _once(known: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
 
 
 def _data_key(config: RunConfig) -> str:
-    return json.dumps([config.identity()["benchmark"], config.class_order_seed], sort_keys=True)
+    identity = config.identity()
+    return json.dumps([identity["benchmark"], identity["backbone"], config.class_order_seed], sort_keys=True)
 
 
 def _speed_key(config: RunConfig) -> str:

@@ -133,7 +133,8 @@ def main(
         optimizer.load_state_dict(state["optimizer"])
         run = Run(**state["run"])
     steps, loss_sum, since = images // batch_size, 0.0, 0
-    start, progress = time.perf_counter() - run.seconds, 0.0
+    start = time.perf_counter() - run.seconds
+    progress = min(1.0, max(run.step / steps, run.seconds / (60 * minutes)))  # 1: it is called again after its end
     while progress < 1:
         rng = np.random.default_rng((seed, 0, run.step))
         x, y = bank.batch(rng, batch_size, min(1.0, 0.1 + 0.9 * progress / ramp) * rng.uniform(0.6, 1.0))

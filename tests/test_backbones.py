@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -231,6 +232,26 @@ def test_normalisation() -> None:
     assert (unit.mean, unit.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     own = load(**base, mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     assert (own.mean, own.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+
+
+def test_a_file_under_a_bare_architecture_says_which_mean_is_taken(
+    save: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, **TINY)
+    base = {"name": "vit_base_patch16_224", "weights": save(model.state_dict()), "model_args": TINY}
+    assert load(**base).mean == (0.5, 0.5, 0.5)
+    assert re.search(r"3 of the \d+ published weights of .*, as vit_base_patch16_224.bamboo,", caplog.text)
+    assert "Write `vit_base_patch16_224.<tag>`, or give `mean` and `std`." in caplog.text
+    caplog.clear()
+    for said in (
+        {"name": "vit_base_patch16_224.bamboo"},
+        {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+        {"normalize": "unit"},
+    ):
+        load(**{**base, **said})
+    path = save(timm.create_model("vit_small_patch14_dinov2", img_size=28, num_classes=0, **TINY).state_dict())
+    load(name="vit_small_patch14_dinov2", weights=path, image_size=28, model_args=TINY)
+    assert not caplog.text, "DINOv2's weights all want the same"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import timm
 from click.testing import CliRunner
 
 from avalanche_fmlora import planning
+from avalanche_fmlora.backbones import BackboneConfig
 from avalanche_fmlora.checkpoint import CheckpointFolder
 from avalanche_fmlora.cli import main
 from avalanche_fmlora.config import RunConfig, make_run
@@ -99,6 +100,16 @@ def test_missing_data_leave_an_estimate_open(photos: Path, tmp_path: Path, speed
     assert "no estimate: There is no " in plan_line(run)
     assert "No estimate for 1 runs" in plan_totals([run])
     assert not speeds
+
+
+def test_a_backbone_that_is_not_there_takes_no_other_ones_estimate(
+    photos: Path, tmp_path: Path, speeds: list[str]
+) -> None:
+    good = configuration(photos)
+    lost = good.model_copy(update={"backbone": BackboneConfig(name="test_vit", weights=tmp_path / "nowhere.pth")})
+    runs = plan([lost, good], tmp_path)
+    assert "nowhere.pth" in str(runs[0].error)
+    assert (runs[1].error, runs[1].seconds is None) == (None, False)
 
 
 def test_what_several_at_once_take() -> None:

@@ -73,6 +73,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     else:
         digest = state_sha256(model.state_dict())
     mean, std = _normalisation(config, model)
+    _warn_of_a_guess(config, mean, std)
     logger.info("Backbone %s, %d px, sha256 %s", tag, size, digest[:8])
     return Backbone(model.float().eval(), tag, digest, size, mean, std)
 
@@ -186,6 +187,23 @@ def _check_image_size(name: str, model: Any) -> int:
             f"take {near}."
         )
     return int(height)
+
+
+def _warn_of_a_guess(config: BackboneConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Say so where a file's weights stand under a bare architecture whose published weights want several means."""
+    import timm
+
+    if config.weights is None or "." in config.name or config.mean is not None or config.normalize == "unit":
+        return
+    names = timm.list_models(f"{config.name}.*", pretrained=True)
+    cfgs = {name: timm.get_pretrained_cfg(name) for name in names}
+    others = [name for name, cfg in cfgs.items() if cfg and (tuple(cfg.mean), tuple(cfg.std)) != (mean, std)]
+    if others:
+        logger.warning(
+            "%s under the name %s: images are normalised by mean %s and std %s, but %d of the %d published weights of "
+            "this architecture, as %s, were trained with others. Write `%s.<tag>`, or give `mean` and `std`.",
+            config.weights.name, config.name, mean, std, len(others), len(cfgs), others[0], config.name,
+        )  # fmt: skip
 
 
 def _normalisation(config: BackboneConfig, model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -80,7 +80,8 @@ class BenchmarkConfig(StrictModel):
     download: bool = False
     """Fetch a published data set into `path`, and go on with a download that broke off."""
     n_experiences: int | None = Field(None, ge=1)
-    """Number of experiences of a class-incremental benchmark; null means 10 (`domainnet_cil`: 5)."""
+    """Number of experiences of a class-incremental benchmark; null means 10 (`domainnet_cil`: 5). (A run that says 10
+    where another leaves it out counts as another run.)"""
     domain_order: tuple[str, ...] | None = None
     """Domains of `domainnet`, in order; null is clipart, infograph, painting, quickdraw, real, sketch."""
     split_file: Path | None = None

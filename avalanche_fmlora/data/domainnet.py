@@ -213,7 +213,15 @@ def check_domains(domains: Sequence[str]) -> tuple[str, ...]:
 def _images(files: Files, options: Options, domains: Sequence[str]) -> tuple[list[Placed], list[str]]:
     """Every listed image with its place, and the class names in the official order."""
     _add_archives(files, options, domains)
-    present = {"/".join(e.parts[-3:]): e for e in files.entries if len(e.parts) >= 3 and e.parts[-3] in domains}
+    present: dict[str, Entry] = {}
+    for entry in files.entries:
+        if len(entry.parts) >= 3 and entry.parts[-3] in domains:
+            first = present.setdefault("/".join(entry.parts[-3:]), entry)
+            if first is not entry:
+                raise ValueError(
+                    f"'{files.path}' holds {'/'.join(entry.parts[-3:])} twice, as '{first.name}' and '{entry.name}': "
+                    "move one of the two folders elsewhere."
+                )
     lists = {entry.parts[-1]: entry for entry in files.entries if entry.name.endswith(".txt")}
     placed: list[Placed] = []
     numbers: dict[str, int] = {}

@@ -258,6 +258,10 @@ def test_domainnet_with_a_class_that_a_domain_lacks(tree: Callable[[str], Path],
             r"3 bytes of real.zip, half a",
         ),
         (lambda r: (shutil.rmtree(r / "real"), (r / "real.zip").write_bytes(b"abc")), r"real.zip' is no zip archive"),
+        (
+            lambda r: shutil.copytree(r / "real", r / "old" / "real"),
+            r"twice, as 'old/real/.*' and 'real/.*': move one of the two folders elsewhere",
+        ),
     ],
 )
 def test_domainnet_with_something_missing(
