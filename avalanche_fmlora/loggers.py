@@ -85,7 +85,9 @@ class WeightsAndBiasesLogger(BaseLogger):
         if isinstance(value, bool | int | float | np.number):
             return value
         if isinstance(value, _PICTURES):
-            return self._wandb.Image(np.asarray(value) if isinstance(value, TensorImage) else value)
+            if isinstance(value, TensorImage):  # [3, H, W], where wandb takes the channels last
+                value = value.image.detach().cpu().movedim(0, -1).numpy()
+            return self._wandb.Image(value)
         if isinstance(value, torch.Tensor) and value.ndim == 2:
             columns: list[str | int] = [str(k) for k in range(value.shape[1])]
             return self._wandb.Table(columns=columns, data=value.tolist())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, amca_metrics, forgetting_metrics
-from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LRSchedulerPlugin, MASPlugin
 from safetensors.torch import load_file
 
 from avalanche_fmlora import CheckpointPlugin
@@ -297,3 +297,15 @@ def test_a_strategy_that_trains_otherwise_is_refused(
     build().train(class_benchmark.train_stream[0])
     with pytest.raises(ValueError, match=f"(?s){said}.*build the strategy as the one that was saved"):
         CheckpointPlugin(tmp_path).resume(build(**changed))
+
+
+@pytest.mark.parametrize("kind", [EWCPlugin, MASPlugin])
+def test_what_can_not_be_kept_inside_of_a_mapping_is_named(
+    kind: Any, make_strategy: Any, class_benchmark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = kind(1.0)
+    strategy = make_strategy("seq_lora", plugins=[plugin, CheckpointPlugin(tmp_path)])
+    strategy.train(class_benchmark.train_stream[0])
+    held = "params" if kind is MASPlugin else "importances"
+    assert f"can't hold what {kind.__name__} keeps in" in caplog.text
+    assert f"`{held}`" in caplog.text

@@ -57,7 +57,7 @@ def test_values_of_a_moment_are_one_row() -> None:
     log.log_metrics(
         values(
             ("picture", picture, 5),
-            ("tensor", TensorImage(torch.zeros(2, 2, 3)), 5),
+            ("tensor", TensorImage(torch.zeros(3, 8, 6)), 5),
             ("matrix", matrix, 5),
             ("either", AlternativeValues(matrix, 1.0), 5),
             ("text", "no place for it", 5),
@@ -66,6 +66,7 @@ def test_values_of_a_moment_are_one_row() -> None:
     row = run.rows[-1]
     assert isinstance(row["picture"], wandb.Image)
     assert isinstance(row["tensor"], wandb.Image)
+    assert row["tensor"].image.size == (6, 8)
     assert row["matrix"].data == row["either"].data == [[1, 2], [3, 4]]
     assert "text" not in row
     log.close()

@@ -71,7 +71,8 @@ def _plain(value: Any, tensors: bool, above: tuple[int, ...]) -> Any:
     above = (*above, id(value))
     if isinstance(value, Mapping):
         items = {k: _plain(v, tensors, above) for k, v in value.items() if isinstance(k, str | int | float | tuple)}
-        return {k: v for k, v in items.items() if v is not _LEFT_OUT}
+        kept = {k: v for k, v in items.items() if v is not _LEFT_OUT}
+        return kept if tensors or len(kept) == len(value) else _LEFT_OUT  # half of what a plugin holds is none of it
     if type(value) in (list, tuple, set):
         parts = [_plain(v, tensors, above) for v in value]
         return _LEFT_OUT if any(p is _LEFT_OUT for p in parts) else type(value)(parts)
