@@ -185,6 +185,8 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
     """Set a nested option, ``training.epochs`` say; a name without a dot that no part of a run has is the method's.
 
+    A mapping goes over one that is there field by field, as in files.
+
     >>> options = {}
     >>> set_option(options, "training.epochs", 3); set_option(options, "rank", 8); options
     {'training': {'epochs': 3}, 'method_options': {'rank': 8}}
@@ -196,9 +198,7 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
     if keys[0] not in RunConfig.model_fields:
         keys = ["method_options", *keys]
     for key in keys[:-1]:
-        inner = options.get(key)
-        if isinstance(inner, BaseModel):
-            inner = inner.model_dump(exclude_unset=True)
+        inner = _as_options(options.get(key))
         if not isinstance(inner, dict | None):
             raise ValueError(
                 f"Expected `{key}` to hold options, as `{dotted}` is one of them, but it is {inner!r}: "
@@ -206,7 +206,12 @@ def set_option(options: dict[str, Any], dotted: str, value: Any) -> None:
             )
         options[key] = {} if inner is None else inner
         options = options[key]
-    options[keys[-1]] = value
+    inner, above = _as_options(options.get(keys[-1])), _as_options(value)
+    options[keys[-1]] = merged(inner, above) if isinstance(inner, dict) and isinstance(above, dict) else value
+
+
+def _as_options(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
 def located(config: RunConfig, data_root: Path | None) -> RunConfig:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from avalanche_fmlora.config import RunConfig, make_run, merged, read_yaml, set_option
+from avalanche_fmlora.backbones import BackboneConfig
+from avalanche_fmlora.config import RunConfig, TrainingConfig, make_run, merged, read_yaml, set_option
+from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.registry import method as method_class
 from avalanche_fmlora.strategies.registry import methods as all_methods
@@ -17,6 +19,11 @@ from avalanche_fmlora.strategies.registry import methods as all_methods
 _AXES = ("benchmarks", "methods", "class_order_seeds", "seeds", "grid")
 SINGLE = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds"}
 _OWN_AXIS = {**SINGLE, "label": "methods"}
+_PARTS = {
+    name: part
+    for part, model in (("benchmark", BenchmarkConfig), ("backbone", BackboneConfig), ("training", TrainingConfig))
+    for name in model.model_fields
+}
 
 
 def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[RunConfig]:
@@ -35,7 +42,8 @@ def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> li
 
     Raises:
         ValueError: for an unknown field, an option that no method has, an axis that is no list of values, or that is
-            given both as one value and as a list, or with a flag for a field that `grid` varies.
+            given both as one value and as a list, a flag for a field that `grid` varies, or a `grid` of which two
+            points are the same runs.
         FileNotFoundError: for a YAML file that is not there.
     """
     axes = _as_axes({name: value for name, value in flags if name in (*_AXES, *SINGLE)})
@@ -67,17 +75,35 @@ def _as_axes(options: dict[str, Any]) -> dict[str, Any]:
 def _of_one_benchmark(options: dict[str, Any], fields: list[tuple[str, Any]]) -> Iterator[RunConfig]:
     orders, seeds = _list(options, "class_order_seeds", [0]), _list(options, "seeds", [0])
     points = list(_points(options.get("grid", {})))
-    for name in {name for name, _ in fields} & set(options.get("grid", {})):
-        raise ValueError(f"`{name}` is given as one value and varied by `grid`: leave one of them out.")
+    varied = {_place(name): name for name in options.get("grid", {})}
+    for name, _ in fields:
+        if other := varied.get(_place(name)) or varied.get(_place(name)[1:]):
+            raise ValueError(f"`{name}` is given as one value and varied by `grid` (`{other}`): leave one of them out.")
+    seen: dict[tuple[Any, ...], Any] = {}
     for order, seed, point in itertools.product(orders, seeds, points):
         shared = {k: copy.deepcopy(v) for k, v in options.items() if k not in _AXES}
         entries = [_entry(e) for e in _list(options, "methods", list(all_methods()))]
         for entry in entries:
             method_class(entry["method"])
-        for name, value in [*fields, *point]:
+        for name, value in sorted(
+            [*fields, *point], key=lambda field: field[0].count(".")
+        ):  # parts, then what is in them
             _apply(name, value, shared, entries)
-        for entry in entries:
-            yield make_run({**shared, **_joined(shared, entry), "class_order_seed": order, "seed": seed})
+        runs = [
+            make_run({**shared, **_joined(shared, entry), "class_order_seed": order, "seed": seed}) for entry in entries
+        ]
+        same = seen.setdefault((order, seed, *(run_id(run.identity()) for run in runs)), point)
+        if same is not point:
+            raise ValueError(
+                f"`grid` has two points that are the same runs, {dict(same)} and {dict(point)}: leave one out."
+            )
+        yield from runs
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """What a field sets: its path, in which an option of all methods has no method before it."""
+    keys = name.replace("-", "_").split(".")
+    return tuple(keys[1:] if keys[0] == "method_options" and keys[1:] else keys)
 
 
 def _points(grid: Any) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -91,6 +117,7 @@ def _points(grid: Any) -> Iterator[tuple[tuple[str, Any], ...]]:
 
 def _list(options: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
     value = options.get(name, default)
+    value = list(value) if isinstance(value, tuple) else value
     if not isinstance(value, list) or not value:
         raise ValueError(f"Expected `{name}` to be a list with at least one entry but got {value!r}.")
     return value
@@ -123,14 +150,20 @@ def _joined(shared: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     options = shared.get("method_options") or {}
     if not isinstance(options, dict):
         raise ValueError(f"Expected `method_options` to be a mapping of options to values but got {options!r}.")
-    return {**entry, "method_options": {**options, **entry["method_options"]}}
+    return {**entry, "method_options": merged(options, entry["method_options"])}
 
 
 def _apply(name: str, value: Any, shared: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    first, _, rest = name.partition(".")
+    first, _, rest = name.replace("-", "_").partition(".")
+    if first == "method_options" and rest:
+        for entry in entries:
+            set_option(entry, name, value)
+        return
     if first in RunConfig.model_fields:
         set_option(shared, name, value)
         return
+    if part := _PARTS.get(name):
+        raise ValueError(f"`{name}` belongs to `{part}`: write {part}={{{name!r}: {value!r}}}, or `{part}.{name}`.")
     named = [e for e in entries if e["method"] == first]
     takers = named if rest and named else [e for e in entries if first in _fields(e["method"])]
     if not takers:

@@ -65,3 +65,22 @@ def test_a_failure_is_said_and_kept(
     assert caplog.messages == [message.replace("failed", "failed before")]
     (again,) = compare(["ncm"], **SMALL, out=tmp_path, threads=1, retry_failed=True)
     assert again["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": "ncm"}, r"`methods` to be a list but got 'ncm': write methods=\['ncm'\]"),
+        ({"class_order_seeds": 3}, r"write class_order_seeds=\[3\]"),
+        ({"seeds": 3}, r"write seeds=\[3\]"),
+        ({"jobs": 0}, "`jobs` to be at least 1 but got 0"),
+        ({"threads": -1}, "`threads` to be at least 1 but got -1"),
+        ({"epochs": 1}, r"write training=\{'epochs': 1\}"),
+    ],
+)
+def test_what_is_no_list_or_no_number_of_runs_says_how_to_write_it(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(**{"methods": ["ncm"], "out": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,75 @@ def test_a_list_has_no_empty_places(text: str) -> None:
 def test_a_call_takes_lists_of_them(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"Expected `{name}s`, a list, but got `{name}`: write {name}s="):
         compare(["ncm"], out=tmp_path, **{name: 1})
+
+
+def ranks(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[Any]:
+    return [c.method_options.get("rank") for c in expand(options, flags)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "grid"),
+    [
+        ("method_options.rank", "rank"),
+        ("rank", "method_options.rank"),
+        ("fm_lora.rank", "rank"),
+        ("method-options.rank", "rank"),
+        ("training.epochs", "training.epochs"),
+    ],
+)
+def test_a_flag_for_what_the_grid_varies_is_refused_however_it_is_spelled(flag: str, grid: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{flag}` is given as one value and varied by `grid` \(`{grid}`\)"):
+        expand({"methods": ["fm_lora"], "grid": {grid: [4, 8]}}, [(flag, 2)])
+
+
+def test_what_is_said_of_one_method_goes_before_what_is_said_of_all() -> None:
+    assert ranks({"methods": ["seq_lora", "fm_lora"], "grid": {"fm_lora.rank": [4, 8]}}, [("rank", 2)]) == [2, 4, 8]
+    entry = {"method": "fm_lora", "rank": 16}
+    assert ranks({"methods": [entry]}, [("method_options.rank", 8)]) == [8], "flags go before all"
+    assert ranks({"methods": [entry], "grid": {"method_options.rank": [8, 4]}}) == [8, 4]
+
+
+@pytest.mark.parametrize("name", ["rank_selection.per_layer", "fm_lora.rank_selection.per_layer"])
+def test_options_inside_of_a_part_stay_when_another_is_set(name: str) -> None:
+    shared = {"method_options": {"rank_selection": {"sigma": 0.5}}, "methods": ["fm_lora"]}
+    for runs in (
+        expand(shared, [(name, True)]),
+        expand({**shared, "grid": {name: [True]}}),
+        expand({**shared, "methods": [{"method": "fm_lora", "rank_selection": {"per_layer": True}}]}),
+    ):
+        (run,) = runs
+        assert run.method_options["rank_selection"] == {"sigma": 0.5, "per_layer": True}
+    (run,) = expand({**shared, "methods": [{"method": "fm_lora", "rank_selection": None}]})
+    assert run.method_options["rank_selection"] is None
+
+
+def test_a_part_and_a_field_of_it_in_any_order() -> None:
+    parts: list[tuple[str, list[Any]]] = [
+        ("benchmark.n_experiences", [5, 10]),
+        ("benchmark", [{"name": "split_glyphs"}, {"name": "uneven_glyphs"}]),
+    ]
+    for grid in (dict(parts), dict(parts[::-1])):
+        runs = expand({"methods": ["ncm"], "grid": grid})
+        found = {(r.benchmark.name, r.benchmark.n_experiences) for r in runs}
+        assert found == {("split_glyphs", 5), ("split_glyphs", 10), ("uneven_glyphs", 5), ("uneven_glyphs", 10)}
+    options = {"methods": ["ncm"], "training": {"epochs": 3}}
+    (run,) = expand(options, [("training", {"batch_size": 8})])
+    assert (run.training.epochs, run.training.batch_size) == (3, 8)
+    assert options["training"] == {"epochs": 3}
+
+
+@pytest.mark.parametrize("grid", [{"rank": [8, 8]}, {"training.num_workers": [0, 1]}])
+def test_points_of_a_grid_that_are_the_same_runs_are_refused(grid: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="two points that are the same runs"):
+        expand({"methods": ["fm_lora"], "grid": grid})
+    assert len(expand({"methods": ["ncm", "fm_lora"], "grid": {"rank": (8, 16)}})) == 3, "ncm has no rank"
+
+
+@pytest.mark.parametrize(("name", "part"), [("epochs", "training"), ("n_experiences", "benchmark")])
+def test_a_bare_field_of_a_part_is_refused_as_it_would_be_joint_trainings_alone(name: str, part: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` belongs to `{part}`: write {part}={{'{name}': 5}}"):
+        expand({"methods": ["seq_lora", "joint"]}, [(name, 5)])
+    with pytest.raises(ValueError, match=f"`{name}` belongs to `{part}`"):
+        expand({"methods": ["joint"], "grid": {name: [1, 2]}})
+    (run,) = expand({"methods": ["joint"]}, [("joint.epochs", 3)])
+    assert run.method_options["epochs"] == 3

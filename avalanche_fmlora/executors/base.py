@@ -61,6 +61,12 @@ class Resources:
     gpus_per_run: float = 0.0
     slurm: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("jobs", "threads", "cpus_per_run"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1 but got {value}.")
+
 
 def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
     """The executor called `name`, one of :data:`EXECUTORS`; its logs, if any, go beside the records' `folder`.
