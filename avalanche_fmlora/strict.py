@@ -17,7 +17,8 @@ class StrictModel(BaseModel):
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = types_in(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+        values = value if isinstance(value, list | tuple) else [value]
+        if bool not in kinds and (int in kinds or float in kinds) and any(isinstance(v, bool) for v in values):
             raise ValueError("expected a number, not a truth value (YAML reads yes, no, on and off as such)")
         return value
 

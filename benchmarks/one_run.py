@@ -43,8 +43,10 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, RunConf
     """Each method as it was given and the run that it means."""
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="no QP solver found|No loggers specified")
+    if not arguments.methods and not arguments.out.is_file():
+        raise SystemExit(f"No methods are given and there is no {arguments.out} to print: name methods, as 'fm_lora'.")
     shared = read_all(arguments.config)
-    for axis in ("class_order_seeds", "methods"):
+    for axis in ("class_order_seeds", "seeds", "methods", "grid"):
         shared.pop(axis, None)
     if arguments.image_size is not None:
         shared = merged(shared, {"backbone": {"image_size": arguments.image_size}})
