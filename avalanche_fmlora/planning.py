@@ -202,7 +202,8 @@ def rehearse(config: RunConfig, n_experiences: int, device: str, data_root: Path
     strategy = make_strategy(config, backbone, device, n_experiences)
     clock = _Clock(device)
     strategy.plugins.append(clock)
-    strategy.train_epochs = min(2, strategy.train_epochs)
+    again = config.benchmark.augment == "none"  # else no image comes back as it was, and no query of it is kept
+    strategy.train_epochs = min(2 if again else 1, strategy.train_epochs)
     count = config.training.batch_size * _BATCHES
     stream = _noise(count, backbone.image_size, 1 if strategy.joint or n_experiences == 1 else 2)
     for experience in stream:  # the last one counts: in the first there may be other things to train
@@ -278,7 +279,8 @@ def _data_key(config: RunConfig) -> str:
 
 def _speed_key(config: RunConfig) -> str:
     identity = config.identity()
-    parts = [identity["backbone"], identity["training"], identity["benchmark"]["n_experiences"], config.method]
+    benchmark = [identity["benchmark"][field] for field in ("n_experiences", "augment")]
+    parts = [identity["backbone"], identity["training"], benchmark, config.method]
     return json.dumps([*parts, _without_rates(identity["method_options"])], sort_keys=True)
 
 

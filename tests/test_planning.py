@@ -112,6 +112,19 @@ def test_a_backbone_that_is_not_there_takes_no_other_ones_estimate(
     assert (runs[1].error, runs[1].seconds is None) == (None, False)
 
 
+def test_images_that_are_never_the_same_again_are_rehearsed_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second epoch of a prompt method takes the queries that its first one made; with random crops it has none."""
+    made: list[Any] = []
+    make = planning.make_strategy
+    monkeypatch.setattr(planning, "make_strategy", lambda *a: made.append(make(*a)) or made[-1])
+    plain = configuration(photos, "l2p", pool_size=2, prompt_length=2, top_k=1)
+    cropped = plain.model_copy(update={"benchmark": plain.benchmark.model_copy(update={"augment": "crop_flip"})})
+    plan([plain, cropped], tmp_path)
+    assert [strategy.train_epochs for strategy in made] == [2, 1]
+
+
 def test_what_several_at_once_take() -> None:
     config = RunConfig()
     runs = [Planned(config, "new", seconds=s) for s in (600.0, 60.0)]
