@@ -67,7 +67,7 @@ def compare(
         if single in fields:
             raise ValueError(f"Expected `{axis}`, a list, but got `{single}`: write {axis}=[{fields[single]!r}].")
     for axis, values in (("methods", methods), ("class_order_seeds", class_order_seeds), ("seeds", seeds)):
-        if isinstance(values, str | int):
+        if isinstance(values, str | int | Mapping):
             raise ValueError(f"Expected `{axis}` to be a list but got {values!r}: write {axis}=[{values!r}].")
     options: dict[str, Any] = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
     options |= {"class_order_seeds": list(class_order_seeds), "seeds": list(seeds)}

@@ -85,9 +85,8 @@ def _of_one_benchmark(options: dict[str, Any], fields: list[tuple[str, Any]]) ->
         entries = [_entry(e) for e in _list(options, "methods", list(all_methods()))]
         for entry in entries:
             method_class(entry["method"])
-        for name, value in sorted(
-            [*fields, *point], key=lambda field: field[0].count(".")
-        ):  # parts, then what is in them
+        parts_first = sorted([*fields, *point], key=lambda field: field[0].count("."))
+        for name, value in parts_first:
             _apply(name, value, shared, entries)
         runs = [
             make_run({**shared, **_joined(shared, entry), "class_order_seed": order, "seed": seed}) for entry in entries
@@ -163,7 +162,10 @@ def _apply(name: str, value: Any, shared: dict[str, Any], entries: list[dict[str
         set_option(shared, name, value)
         return
     if part := _PARTS.get(name):
-        raise ValueError(f"`{name}` belongs to `{part}`: write {part}={{{name!r}: {value!r}}}, or `{part}.{name}`.")
+        raise ValueError(
+            f"`{name}` belongs to `{part}`: write {part}={{{name!r}: {value!r}}}, or `{part}.{name}` as a flag. A "
+            "method's own option of that name goes into its entry of `methods`."
+        )
     named = [e for e in entries if e["method"] == first]
     takers = named if rest and named else [e for e in entries if first in _fields(e["method"])]
     if not takers:

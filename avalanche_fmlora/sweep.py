@@ -10,7 +10,7 @@ from pathlib import Path
 
 from avalanche_fmlora.backbones import release_backbones
 from avalanche_fmlora.config import RunConfig, by_id, located
-from avalanche_fmlora.executors import RESERVING, Executor, Resources, RunLost, make_executor
+from avalanche_fmlora.executors import Executor, Resources, RunLost, default_gpus, make_executor
 from avalanche_fmlora.executors.local import InProcess, Processes, check_device
 from avalanche_fmlora.results.record import Record, blank_record, check_folder, environment, find_record, write_record
 from avalanche_fmlora.resuming import known_record
@@ -61,8 +61,8 @@ def sweep(
     if executor is None:
         executor = "processes" if jobs > 1 else "local"
     if isinstance(executor, str):
-        gpus = 1.0 if device != "cpu" and executor in RESERVING else 0.0
-        executor = make_executor(executor, Resources(jobs, threads, gpus_per_run=gpus), folder)
+        resources = Resources(jobs, threads, gpus_per_run=default_gpus(executor, device))
+        executor = make_executor(executor, resources, folder)
     if isinstance(executor, InProcess | Processes):
         check_device(device)
     unique = by_id(configs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 import types
 from collections.abc import Callable
@@ -223,35 +222,6 @@ def test_other_architectures_are_refused(name: str) -> None:
 def test_wrong_model_args_are_named() -> None:
     with pytest.raises(ValueError, match=r"test_vit can't be built with .*model_args={'dept': 3}.*'dept'"):
         load(name="test_vit", pretrained=False, model_args={"dept": 3})
-
-
-def test_normalisation() -> None:
-    base = {"name": "vit_small_patch14_dinov2", "pretrained": False, "image_size": 28, "model_args": TINY}
-    assert (load(**base).mean, load(**base).std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    unit = load(**base, normalize="unit")
-    assert (unit.mean, unit.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    own = load(**base, mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
-    assert (own.mean, own.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-
-
-def test_a_file_under_a_bare_architecture_says_which_mean_is_taken(
-    save: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    model = timm.create_model("vit_base_patch16_224", num_classes=0, **TINY)
-    base = {"name": "vit_base_patch16_224", "weights": save(model.state_dict()), "model_args": TINY}
-    assert load(**base).mean == (0.5, 0.5, 0.5)
-    assert re.search(r"3 of the \d+ published weights of .*, as vit_base_patch16_224.bamboo,", caplog.text)
-    assert "Write `vit_base_patch16_224.<tag>`, or give `mean` and `std`." in caplog.text
-    caplog.clear()
-    for said in (
-        {"name": "vit_base_patch16_224.bamboo"},
-        {"mean": (0.5,) * 3, "std": (0.5,) * 3},
-        {"normalize": "unit"},
-    ):
-        load(**{**base, **said})
-    path = save(timm.create_model("vit_small_patch14_dinov2", img_size=28, num_classes=0, **TINY).state_dict())
-    load(name="vit_small_patch14_dinov2", weights=path, image_size=28, model_args=TINY)
-    assert not caplog.text, "DINOv2's weights all want the same"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_a_failure_is_said_and_kept(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"methods": {"method": "ncm"}}, r"write methods=\[\{'method': 'ncm'\}\]"),
         ({"methods": "ncm"}, r"`methods` to be a list but got 'ncm': write methods=\['ncm'\]"),
         ({"class_order_seeds": 3}, r"write class_order_seeds=\[3\]"),
         ({"seeds": 3}, r"write seeds=\[3\]"),

@@ -264,6 +264,22 @@ def test_a_lost_run_is_a_failed_record_until_it_is_asked_for(
     assert Loses.called == 1
 
 
+def test_a_sweep_on_a_cluster_reserves_the_gpu_that_it_computes_on(
+    configs: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def make(name: str, resources: Resources, folder: Path) -> None:
+        asked.append(resources.gpus_per_run)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("avalanche_fmlora.sweep.make_executor", make)
+    for device in ("cuda", "cpu"):
+        with pytest.raises(ValueError, match="seen"):
+            sweep(configs, tmp_path, executor="ray", device=device)
+    assert asked == [1.0, 0.0]
+
+
 def test_a_run_that_another_process_finished_meanwhile_is_taken_from_it(
     configs: list[RunConfig], whole: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,3 +67,11 @@ def test_rows_of_the_same_run_are_replaced(script: Any, tmp_path: Path) -> None:
     script.write(path, script.FIELDS, [{**row, "method": "ncm", "rule": "c"}])
     with path.open() as file:
         assert [(r["method"], r["rule"]) for r in csv.DictReader(file)] == [("fm_lora", "a"), ("ncm", "c")]
+
+
+def test_without_methods_and_without_rows_it_says_what_to_name(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["prediction_rules.py", "--out", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match=r"no .*none.csv to print: name methods"):
+        script.main()

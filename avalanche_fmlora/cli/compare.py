@@ -127,11 +127,9 @@ def _configs(files: tuple[Path, ...], arguments: Sequence[str], flags: dict[str,
 
 def _resources(flags: dict[str, Any], device: str, executor: str | None) -> Resources:
     """One run at once on a GPU, unless another number is asked for: how many fit in its memory is not known here."""
-    from avalanche_fmlora.executors import RESERVING, Resources
+    from avalanche_fmlora.executors import Resources, default_gpus
 
-    gpus = flags["gpus_per_run"]
-    if gpus is None:
-        gpus = 1.0 if device != "cpu" and executor in RESERVING else 0.0
+    gpus = default_gpus(executor, device) if flags["gpus_per_run"] is None else flags["gpus_per_run"]
     if gpus and device == "cpu":
         raise ValueError("--gpus-per-run reserves GPUs that --device cpu does not use: add --device cuda.")
     slurm = {name: read_value(text) for name, text in read_pairs("--slurm", flags["slurm"]).items()}

@@ -43,7 +43,7 @@ def default_cache_dir() -> Path:
         return Path("~/.cache").expanduser() / "avalanche_fmlora"
     except RuntimeError:
         raise FileNotFoundError(
-            "There is no home folder to keep images in: set XDG_CACHE_HOME, or give `cache_dir`."
+            "this user has no home folder to keep data in: set XDG_CACHE_HOME, or give a folder"
         ) from None
 
 
@@ -64,7 +64,7 @@ def cached_images(
     try:
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     except (FileNotFoundError, RuntimeError) as error:
-        logger.warning("%s Until then the images stay in memory.", error)
+        logger.warning("No cache folder (%s): the images stay in memory. Set XDG_CACHE_HOME or cache_dir.", error)
         return build()
     stored = _load(folder, key, shape)
     if stored is not None:

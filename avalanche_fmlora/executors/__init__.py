@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from avalanche_fmlora.executors.base import (
     EXECUTORS,
-    RESERVING,
     Executor,
     Resources,
     RunLost,
     available_cores,
+    default_gpus,
     make_executor,
     quiet_imports,
 )
 
 __all__ = [
     "EXECUTORS",
-    "RESERVING",
     "Executor",
     "Resources",
     "RunLost",
     "available_cores",
+    "default_gpus",
     "make_executor",
     "quiet_imports",
 ]

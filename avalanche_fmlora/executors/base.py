@@ -68,6 +68,15 @@ class Resources:
                 raise ValueError(f"Expected `{name}` to be at least 1 but got {value}.")
 
 
+def default_gpus(executor: str | None, device: str) -> float:
+    """GPUs that a run reserves unless it is told: one where it computes on one and gets none that it does not reserve.
+
+    >>> default_gpus("slurm", "cuda"), default_gpus("ray", "cpu"), default_gpus("processes", "cuda")
+    (1.0, 0.0, 0.0)
+    """
+    return 1.0 if executor in RESERVING and device != "cpu" else 0.0
+
+
 def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
     """The executor called `name`, one of :data:`EXECUTORS`; its logs, if any, go beside the records' `folder`.
 

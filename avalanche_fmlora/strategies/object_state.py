@@ -31,7 +31,7 @@ def object_state(
     Args:
         owner: the object.
         names: of the attributes; None means all.
-        tensors: whether tensors count as values.
+        tensors: whether tensors count as values. Without them a mapping is kept whole or not at all.
     """
     values = {n: _plain(vars(owner)[n], tensors, (id(owner),)) for n in (vars(owner) if names is None else names)}
     kept = {name: value for name, value in values.items() if value is not _LEFT_OUT}
@@ -72,7 +72,7 @@ def _plain(value: Any, tensors: bool, above: tuple[int, ...]) -> Any:
     if isinstance(value, Mapping):
         items = {k: _plain(v, tensors, above) for k, v in value.items() if isinstance(k, str | int | float | tuple)}
         kept = {k: v for k, v in items.items() if v is not _LEFT_OUT}
-        return kept if tensors or len(kept) == len(value) else _LEFT_OUT  # half of what a plugin holds is none of it
+        return kept if tensors or len(kept) == len(value) else _LEFT_OUT
     if type(value) in (list, tuple, set):
         parts = [_plain(v, tensors, above) for v in value]
         return _LEFT_OUT if any(p is _LEFT_OUT for p in parts) else type(value)(parts)
