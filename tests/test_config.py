@@ -31,7 +31,7 @@ from avalanche_fmlora.sweep import sweep
         ({"method_options": {"core_step": False}}, r"`core_step` = False: expected a number"),
         ({"method_options": {"rank_selection": {"sigma": True}}}, r"`rank_selection.sigma` = True: expected a number"),
         ({"method_options": {"rank_selection": {"candidates": [True, 4]}}}, r"expected a number, not a truth value"),
-        ({"seed": -1}, "`seed` = -1"),
+        ({"seed": -1}, "the configuration: `seed` = -1"),
         ({"class_order_seed": -1}, "`class_order_seed` = -1"),
         ({"method_options": {"seed": -1}}, "fm_lora: `seed` = -1"),
     ],

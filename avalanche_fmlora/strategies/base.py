@@ -258,7 +258,8 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         if not self.config.compile:
             return self.model.features
         if self._compiled is None or self._compiled[0] is not self.model:
-            self._compiled = self.model, torch.compile(self.model.features)
+            model = self.model  # up to torch 2.6, `compile` loses the owner of a method that is not to be compiled
+            self._compiled = model, torch.compile(lambda images: model.features(images))
         return self._compiled[1]
 
     def __getstate__(self) -> dict[str, Any]:
