@@ -190,6 +190,9 @@ def test_a_flag_for_what_the_grid_varies_is_refused_however_it_is_spelled(flag: 
 
 def test_what_is_said_of_one_method_goes_before_what_is_said_of_all() -> None:
     assert ranks({"methods": ["seq_lora", "fm_lora"], "grid": {"fm_lora.rank": [4, 8]}}, [("rank", 2)]) == [2, 4, 8]
+    both = [("fm_lora.rank", 4), ("rank", 2)]
+    for flags in (both, both[::-1]):
+        assert ranks({"methods": ["seq_lora", "fm_lora"]}, flags) == [2, 4]
     entry = {"method": "fm_lora", "rank": 16}
     assert ranks({"methods": [entry]}, [("method_options.rank", 8)]) == [8], "flags go before all"
     assert ranks({"methods": [entry], "grid": {"method_options.rank": [8, 4]}}) == [8, 4]
