@@ -193,7 +193,7 @@ def _warn_of_a_guess(config: BackboneConfig, mean: tuple[float, ...], std: tuple
     """Say so where a file's weights stand under a bare architecture whose published weights want several means."""
     import timm
 
-    if config.weights is None or "." in config.name or config.mean is not None or config.normalize == "unit":
+    if config.weights is None or config.mean is not None or config.normalize == "unit":
         return
     names = timm.list_models(f"{config.name}.*", pretrained=True)
     cfgs = {name: timm.get_pretrained_cfg(name) for name in names}
