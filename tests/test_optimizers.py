@@ -127,10 +127,11 @@ def test_refresh_drops_what_no_longer_trains() -> None:
     (model(torch.ones(1, 2)).sum() + other.sum()).backward()
     optimizer.step()
     grown = nn.Parameter(torch.zeros(2))
-    refresh_optimizer(optimizer, model, {"b": [grown], "c": [model.bias]})
+    given = refresh_optimizer(optimizer, model, {"b": [grown], "c": [model.bias]})
+    assert [id(p) for p in given] == [id(grown), id(model.bias)]
     assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(model.bias)], [id(other), id(grown)]]
     assert not optimizer.state
-    refresh_optimizer(optimizer, model, {"a": [model.weight]})
+    refresh_optimizer(optimizer, model, {"a": [model.weight]}, given)
     assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(model.weight)], [id(other)]]
 
 

@@ -55,6 +55,10 @@ class FactorizedLinear(AdaptedLinear):
         self.mask: Tensor | None = None
         self.use_update = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made while ranks are searched has the mask's values; its graph can't be copied."""
+        return {**self.__dict__, "mask": None if self.mask is None else self.mask.detach()}
+
     def effective_core(self) -> Tensor:
         """C, or C + M diag(m) Nᵀ while an experience trains: shape [P, R, R]."""
         if not self.use_update:

@@ -57,16 +57,13 @@ class IncrementalHead(nn.Module):
         self.dim = dim
         self.cosine = cosine
         self.scale = scale
-        self.register_buffer("rows", torch.zeros(0, dim))
-        self.register_buffer("bias", torch.zeros(0))
+        for name, shape in {"rows": (0, dim), "bias": (0,), "counts": (0,), "covariance_samples": ()}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        for name, shape in {"folded": (0, 0, dim), "means": (0, 0, dim), "covariance": (0, dim)}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("before", torch.zeros(0, 0, dim, dtype=torch.float32), persistent=False)
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
-        self.register_buffer("counts", torch.zeros(0))
-        self.register_buffer("folded", torch.zeros(0, 0, dim))
-        self.register_buffer("before", torch.zeros(0, 0, dim), persistent=False)
-        self.register_buffer("means", torch.zeros(0, 0, dim))
         self.register_buffer("occurrences", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("covariance", torch.zeros(0, dim))
-        self.register_buffer("covariance_samples", torch.zeros(()))
         self.register_buffer("active", torch.zeros(0, dtype=torch.long))
         self.register_parameter("active_rows", None)
         self.register_parameter("active_bias", None)
@@ -91,13 +88,11 @@ class IncrementalHead(nn.Module):
         extra = max(classes, default=-1) + 1 - self.n_classes
         if extra <= 0:
             return
-        self.rows = F.pad(self.rows, (0, 0, 0, extra))
-        self.bias = F.pad(self.bias, (0, extra))
-        self.seen = F.pad(self.seen, (0, extra))
-        self.counts = F.pad(self.counts, (0, extra))
-        self.occurrences = F.pad(self.occurrences, (0, extra))
-        self.folded = F.pad(self.folded, (0, 0, 0, extra))
-        self.means = F.pad(self.means, (0, 0, 0, extra))
+        with torch.inference_mode(False):  # an evaluation in inference mode may come to classes that train later
+            for name in ("bias", "seen", "counts", "occurrences"):
+                setattr(self, name, F.pad(getattr(self, name), (0, extra)))
+            for name in ("rows", "folded", "means"):
+                setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, extra)))
 
     @torch.no_grad()
     def begin(self, classes: Iterable[int]) -> None:

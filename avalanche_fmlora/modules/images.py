@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor, nn
 
 
@@ -11,18 +11,18 @@ def check_images(vit: nn.Module, images: Tensor) -> None:
     """Refuse images that the model can't embed; nothing is computed from their values.
 
     Args:
-        vit: a timm ViT; models that embed otherwise than in patches (hybrid ones), or whose images pass a forward
-            pre-hook of the patch embedding first, are left to check for themselves.
+        vit: a timm ViT; one whose embedding is of a kind of its own, or whose images pass a forward pre-hook of it
+            first, is left to check for itself.
         images: expected of shape [B, C, H, W], in floating point.
 
     Raises:
         ValueError: for another shape or size than the model's, or numbers that its weights can't be multiplied with.
     """
     embed = vit.patch_embed
-    if not isinstance(embed, PatchEmbed) or embed._forward_pre_hooks:
+    if not isinstance(embed, (PatchEmbed, HybridEmbed)) or embed._forward_pre_hooks:
         return
-    weight = embed.proj.weight
-    channels = weight.shape[1]
+    weight = next(embed.parameters())
+    channels = weight.shape[1] if isinstance(embed, PatchEmbed) else embed.in_chans
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(
             f"Expected images of shape [B, {channels}, H, W] but got {list(images.shape)}: change the benchmark's "
@@ -42,7 +42,11 @@ def check_images(vit: nn.Module, images: Tensor) -> None:
                 f"Expected images of {_px(embed.img_size)} px, the model's size, but got {_px(size)}: resize them in "
                 f"the benchmark's transform, or make the model for them: timm.create_model(…, img_size={size})."
             )
-    elif not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
+    elif (
+        isinstance(embed, PatchEmbed)
+        and not embed.dynamic_img_pad
+        and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True))
+    ):
         raise ValueError(
             f"Expected images whose sides are multiples of {_px(embed.patch_size)} px, the model's patches, but got "
             f"{_px(size)}: resize them in the benchmark's transform, or make the model with dynamic_img_pad=True."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
 from avalanche.core import SupervisedPlugin
+
+_LOG = logging.getLogger(__name__)
 
 
 class ExperiencePlugin(SupervisedPlugin):
@@ -32,6 +35,8 @@ class SchedulePlugin(SupervisedPlugin):
         super().__init__()
         self.kind = kind
         self._rates: list[float] | None = None
+        self._set: list[float] = []
+        self._warned = False
         self._iterations = 0
         self._iteration = 0
 
@@ -48,6 +53,13 @@ class SchedulePlugin(SupervisedPlugin):
         if self._rates is None:
             self._rates = [group["lr"] for group in groups]
             self._iterations = strategy.train_epochs * len(strategy.dataloader)
+        elif not self._warned and self._set != [group["lr"] for group in groups]:
+            self._warned = True
+            _LOG.warning(
+                "Learning rates were changed between two iterations, and lr_schedule=%r sets them anew in each: build "
+                "the strategy with lr_schedule='constant' to change them yourself.",
+                self.kind,
+            )
         if self.kind == "coda":
             epoch, epochs = strategy.clock.train_exp_epochs, strategy.train_epochs
             factor = math.cos(99 * math.pi * epoch / (200 * max(1, epochs - 1)))
@@ -55,6 +67,7 @@ class SchedulePlugin(SupervisedPlugin):
             factor = 0.5 * (1 + math.cos(math.pi * self._iteration / max(1, self._iterations)))
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
+        self._set = [group["lr"] for group in groups]
         self._iteration += 1
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:

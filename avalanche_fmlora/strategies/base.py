@@ -14,10 +14,10 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates.base import BaseTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
 from avalanche.training.utils import trigger_plugins
 from torch import Tensor, nn
 
-from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import TimmViT, check_vit, feature_dim
@@ -26,18 +26,19 @@ from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.loading import DataLoading
+from avalanche_fmlora.strategies.loss import Loss, smooths
 from avalanche_fmlora.strategies.optimization import Optimization
 from avalanche_fmlora.strategies.optimizers import OptimizerLike, make_optimizer
 from avalanche_fmlora.strategies.task_labels import TaskLabels
 from avalanche_fmlora.strategies.trained import Trained
-from avalanche_fmlora.strategies.training_set import TrainingSet, classes_of, is_same
+from avalanche_fmlora.strategies.training_set import Begun, TrainingSet, classes_of
 from avalanche_fmlora.strategies.training_state import load_training_state, training_identity, training_state
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
+class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
     """Base of all strategies here. A method gives `method`, `config_class`, `build_network` and, if need be, plugins.
 
     Args:
@@ -46,7 +47,8 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         config: the method's configuration; its fields can be given as keywords of their own instead.
         optimizer: None for the configured one; a name; a function from parameter groups (with `name` and `lr`) to an
             optimizer; or an optimizer, which keeps its object and groups while the tensors in it follow what trains.
-        criterion: of (logits [B, C], labels [B]); logits of classes left out of the loss are −∞ there.
+        criterion: of (logits [B, C], labels [B]); logits of classes left out of the loss are −∞ there. The label
+            smoothing of torch's cross-entropy is over the classes that take part.
         train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every, peval_mode: as in Avalanche.
         options: fields of the configuration class, as ``rank=16``.
 
@@ -71,7 +73,7 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         criterion: Any = None,
         train_mb_size: int = 32,
         train_epochs: int = 5,
-        eval_mb_size: int = 128,
+        eval_mb_size: int | None = 128,
         device: str | torch.device = "cpu",
         plugins: Sequence[BasePlugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
@@ -82,11 +84,12 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         self._given_plugins = {k: options.pop(k) for k in self.plugin_options if isinstance(options.get(k), BasePlugin)}
         self.config = self._resolve(config, options)
         criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        if self.config.loss_classes == "current" and getattr(criterion, "label_smoothing", 0.0):
+        if getattr(criterion, "label_smoothing", 0.0) and not smooths(criterion):
             raise ValueError(
-                "Expected a criterion without label smoothing while the loss leaves out classes (their logits are −∞): "
-                "use loss_classes='seen' or label_smoothing=0."
+                "Expected a criterion without label smoothing, since the loss leaves out classes (logits of −∞): use "
+                "torch.nn.CrossEntropyLoss(label_smoothing=…), which smooths over the others, or label_smoothing=0."
             )
+        eval_mb_size = train_mb_size if eval_mb_size is None else eval_mb_size
         counts = {"train_mb_size": train_mb_size, "eval_mb_size": eval_mb_size, "train_epochs": train_epochs}
         for name, count in counts.items():
             least = int(name != "train_epochs")
@@ -117,10 +120,9 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
         self._features_of()
-        self._current: Any = None
         self._training_classes = []
         self._at_start: tuple[Tensor, Tensor] | None = None
-        self._unscaled = []
+        self._unscaled, self._given_tensors = [], []
         self._task_labels = TaskLabels()
         self.resources: list[dict[str, int]] = []
 
@@ -195,7 +197,8 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         if config is not None and not isinstance(config, cls.config_class):
             raise ValueError(f"Expected `config` to be a {cls.config_class.__name__} but got {type(config).__name__}.")
         for name in options:
-            near = difflib.get_close_matches(name, _TEMPLATE_ARGUMENTS, n=1, cutoff=0.8)
+            online = ["train_epochs"] if name == "train_passes" else []  # as Avalanche's online strategies call it
+            near = online or difflib.get_close_matches(name, _TEMPLATE_ARGUMENTS, n=1, cutoff=0.8)
             if name not in cls.config_class.model_fields and near:
                 raise ValueError(f"{cls.__name__} has no argument `{name}`: did you mean `{near[0]}`?")
         given = {} if config is None else config.model_dump()
@@ -220,8 +223,9 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
     def model_adaptation(self, model: ContinualNetwork | None = None) -> ContinualNetwork:
         """Training on a new experience opens it in the strategy's own model; else this only makes room for classes."""
         network = self.model if model is None else model
-        if self.is_training and network is self.model and self.experience is not self._current:
-            self._current = self.experience
+        opened = self._begun is not None and self._begun.experience is self.experience
+        if self.is_training and network is self.model and not opened:
+            self._begun = Begun.of(self.experience)
             for experience in self.training_experiences():
                 self._task_labels.check(experience, classes_of(experience))
             network.begin(self.training_classes())
@@ -236,9 +240,9 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         with data, experience and model as they will be, plugins have their `on_begin`.
         """
         assert self.experience is not None
-        if self._current is not None and is_same(self._current, self.experience):
+        if self._begun is not None and self._begun.is_same(self.experience):
             self.model.discard()  # it was broken off, or is over and nothing is open
-        self._current = None
+        self._begun = None
         self._take_training_set()
         trigger_plugins(self, "on_begin", **kwargs)
         self.model = self.model_adaptation()
@@ -266,21 +270,6 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         """Without the compiled function, which can't be pickled and, copied, would go on with this model."""
         return {**self.__dict__, "_compiled": None}
 
-    def criterion(self) -> Tensor:
-        """The loss over the classes that take part: the experience's own and those in the batch, or all seen."""
-        logits = self.mb_output
-        if not self.is_training:
-            return self._criterion(logits, self.mb_y)
-        head = self.model.head
-        allowed = head.seen.clone()
-        if self.config.loss_classes == "current":
-            allowed.zero_()
-            allowed[head.active] = True
-            allowed[self.mb_y] = True
-        loss = self._criterion(functional.masked_logits(logits, allowed), self.mb_y)
-        extra = self.model.extra_loss()
-        return loss if extra is None else loss + extra
-
     def features_at_start(self) -> tuple[Tensor, Tensor]:
         """Features [M, D] and labels [M] of the experience that begins, before it trains.
 
@@ -294,6 +283,9 @@ class ContinualStrategy(Trained, TrainingSet, Optimization, DataLoading):
         self._at_start = None
         self.unmerge()
         super()._before_training_exp(**kwargs)
+        for plugin in self.plugins:
+            if isinstance(plugin, PeriodicEval):  # left out by Avalanche where the last epoch is evaluated, but ours
+                plugin.do_final = plugin.eval_every > -1  # ends with updates absorbed and rows written after that
         self._at_start = None
         self.resources.append({"trainable_parameters": self.model.trainable_parameters()})
 

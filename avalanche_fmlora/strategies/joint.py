@@ -43,12 +43,19 @@ class JointStrategy(SeqLoRAStrategy):
         """Train on all experiences as one.
 
         Raises:
-            ValueError: when called a second time.
+            ValueError: when called a second time, or without an experience.
         """
         if self.resources:
             raise ValueError("Joint training sees all data at once: call `train` once, with the whole stream.")
         self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
-        return super().train(self._experiences[0], eval_streams, **kwargs)
+        if not self._experiences:
+            raise ValueError("Expected the experiences to train on but got none: pass the whole stream.")
+        streams = [self._experiences] if eval_streams is None else eval_streams  # as Avalanche: what is trained
+        return super().train(self._experiences[0], streams, **kwargs)
+
+    def _train_cleanup(self) -> None:
+        super()._train_cleanup()
+        self._experiences = []
 
     def training_experiences(self) -> list[Any]:
         """All of them."""

@@ -72,7 +72,7 @@ class DataLoading(SupervisedTemplate):
         for images, labels, *_ in TimedLoader(loader, self._add_wait):
             yield (
                 items.finished(images.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
+                labels.to(self.device, torch.long, non_blocking=True),
             )
 
     def _wrap(self, *, seeded: bool) -> None:
@@ -101,6 +101,7 @@ class DataLoading(SupervisedTemplate):
 
     def _unpack_minibatch(self) -> None:
         super()._unpack_minibatch()
+        self.mbatch[1] = self.mbatch[1].long()  # torch reads uint8 as a mask
         for items in _items_of(self.dataloader)[:1]:
             self.mbatch[0] = items.finished(self.mbatch[0])
 

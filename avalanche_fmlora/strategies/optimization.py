@@ -24,6 +24,7 @@ class Optimization(SupervisedTemplate):
     _passes_optimizer: bool
     _scaler: torch.amp.GradScaler
     _unscaled: list[tuple[dict[str, Any], float]]
+    _given_tensors: list[nn.Parameter]
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each parameter group, by name."""
@@ -57,7 +58,7 @@ class Optimization(SupervisedTemplate):
         self._unscaled.clear()
         groups = self.model.parameter_groups()
         self._check_names(groups)
-        refresh_optimizer(self.optimizer, self.model, groups)
+        self._given_tensors = refresh_optimizer(self.optimizer, self.model, groups, self._given_tensors)
         self.optimized_param_id = {f"{n}.{i}": p for n, ps in groups.items() for i, p in enumerate(ps)}
 
     def _check_names(self, groups: dict[str, list[nn.Parameter]]) -> None:
@@ -73,16 +74,16 @@ class Optimization(SupervisedTemplate):
         )
 
     def backward(self) -> None:
-        """Scaled in fp16; nothing to do where nothing trains."""
+        """In fp16 of a scaled loss, the gradients true again for whoever looks; nothing to do where nothing trains."""
         if self.loss.requires_grad:
             self._scaler.scale(self.loss).backward(retain_graph=self.retain_graph)
+            self._scaler.unscale_(self.optimizer)
 
     def optimizer_step(self) -> None:
         """Clip if asked, then step."""
         if not self.loss.requires_grad:
             return
         if self.config.clip_grad_norm is not None:
-            self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
         self._scaler.step(self.optimizer)

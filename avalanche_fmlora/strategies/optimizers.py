@@ -45,7 +45,9 @@ def make_optimizer(choice: OptimizerLike, config: MethodConfig, rates: Mapping[s
     )
 
 
-def refresh_optimizer(optimizer: Optimizer, model: nn.Module, groups: Mapping[str, Iterable[nn.Parameter]]) -> None:
+def refresh_optimizer(
+    optimizer: Optimizer, model: nn.Module, groups: Mapping[str, Iterable[nn.Parameter]], given: Iterable[Any] = ()
+) -> list[nn.Parameter]:
     """Make the optimizer train exactly what trains now, with no momentum left, and keep object and groups.
 
     Each tensor goes to the group of its name, or to the first group if none has that name. Tensors that belong to
@@ -55,19 +57,26 @@ def refresh_optimizer(optimizer: Optimizer, model: nn.Module, groups: Mapping[st
         optimizer: changed in place.
         model: its parameters leave the groups unless they are in `groups`.
         groups: name -> what trains now.
+        given: what the last call returned.
+
+    Returns:
+        All tensors of `groups`.
     """
-    for group, kept in zip(optimizer.param_groups, _users_own(optimizer, model), strict=True):
+    for group, kept in zip(optimizer.param_groups, _users_own(optimizer, model, given), strict=True):
         group["params"] = kept
     by_name = {group.get("name"): group for group in optimizer.param_groups}
-    given = {name: list(params) for name, params in groups.items()}
-    for name, params in given.items():
+    trained = {name: list(params) for name, params in groups.items()}
+    for name, params in trained.items():
         by_name.get(name, optimizer.param_groups[0])["params"].extend(params)
-    optimizer.__dict__["_fmlora_given"] = {id(p) for params in given.values() for p in params}
     optimizer.state.clear()
+    return [p for params in trained.values() for p in params]
 
 
 def optimizer_state(
-    optimizer: Optimizer, model: nn.Module, unscaled: Iterable[tuple[dict[str, Any], float]] = ()
+    optimizer: Optimizer,
+    model: nn.Module,
+    given: Iterable[Any] = (),
+    unscaled: Iterable[tuple[dict[str, Any], float]] = (),
 ) -> dict[str, Any]:
     """What an optimizer is between two experiences: options of its groups, and tensors that are not the model's.
 
@@ -76,23 +85,26 @@ def optimizer_state(
     Args:
         optimizer: as it is after an experience.
         model: the strategy's.
+        given: what :func:`refresh_optimizer` returned.
         unscaled: groups whose rate is another for the time being, with the one that they get back.
     """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     place = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     for group, rate in reversed(list(unscaled)):
         groups[place[id(group)]]["lr"] = rate
-    return {"groups": groups, "tensors": [[p.detach() for p in own] for own in _users_own(optimizer, model)]}
+    return {"groups": groups, "tensors": [[p.detach() for p in own] for own in _users_own(optimizer, model, given)]}
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(
+    optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any], given: Iterable[Any] = ()
+) -> None:
     """Give an optimizer that was built in the same way what :func:`optimizer_state` gave.
 
     Raises:
         ValueError: if its groups, or the tensors in them that are not the model's, are others.
     """
-    own = _users_own(optimizer, model)
+    own = _users_own(optimizer, model, given)
     found = [
         (group.get("name"), [p.shape for p in params])
         for group, params in zip(optimizer.param_groups, own, strict=True)
@@ -111,7 +123,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[
             parameter.copy_(tensor)
 
 
-def _users_own(optimizer: Optimizer, model: nn.Module) -> list[list[Any]]:
-    """Of each group, the tensors that were given neither by the model nor to the optimizer by us."""
-    ours = {id(p) for p in model.parameters()} | optimizer.__dict__.setdefault("_fmlora_given", set())
+def _users_own(optimizer: Optimizer, model: nn.Module, given: Iterable[Any]) -> list[list[Any]]:
+    """Of each group, the tensors that are neither the model's nor among those given to the optimizer by us."""
+    ours = {id(p) for p in (*model.parameters(), *given)}
     return [[p for p in group["params"] if id(p) not in ours] for group in optimizer.param_groups]

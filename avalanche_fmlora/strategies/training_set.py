@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from avalanche.training.templates import SupervisedTemplate
@@ -16,6 +17,7 @@ class TrainingSet(SupervisedTemplate):
     experience: Any
     _training_set: Any = None
     _training_classes: list[int]
+    _begun: Begun | None = None
 
     def training_experiences(self) -> list[Any]:
         """What trains at once: the current experience; a joint method has them all."""
@@ -47,8 +49,10 @@ class TrainingSet(SupervisedTemplate):
         self._training_set = self.adapted_dataset if replaced or len(experiences) > 1 else self.experience.dataset
 
     def _train_cleanup(self) -> None:
+        """Let go of all data, as Avalanche does: a strategy between two experiences can be copied and pickled."""
         super()._train_cleanup()
         self._training_set = None
+        self._begun = None if self._begun is None else replace(self._begun, experience=None)
 
 
 def classes_of(experience: Any) -> list[int]:
@@ -57,15 +61,37 @@ def classes_of(experience: Any) -> list[int]:
     return sorted(_labels_in(experience.dataset) if classes is None else {int(c) for c in classes})
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two experiences are one: Avalanche's streams make new objects each time they are asked."""
-    numbers = [getattr(e, "current_experience", None) for e in (one, other)]
-    return one is other or (numbers[0] == numbers[1] is not None and classes_of(one) == classes_of(other))
+@dataclass(frozen=True)
+class Begun:
+    """The experience that a strategy began last: its number and classes, and the object itself while it trains.
+
+    Avalanche's streams make new objects each time they are asked; an experience on its own has no number.
+    """
+
+    number: int | None
+    classes: tuple[int, ...]
+    experience: Any = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, experience: Any) -> Begun:
+        """That of an experience."""
+        return cls(getattr(experience, "_current_experience", None), tuple(classes_of(experience)), experience)
+
+    def is_same(self, experience: Any) -> bool:
+        """Whether `experience` is this one."""
+        other = Begun.of(experience)
+        return self.experience is experience or (self.number is not None and self == other)
 
 
 def _labels_in(dataset: Any) -> set[int]:
     """Labels that occur, which Avalanche's data sets know without reading all of them."""
-    labels = [getattr(c, "item", lambda c=c: c)() for c in getattr(dataset.targets, "uniques", dataset.targets)]
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        raise ValueError(
+            "Expected a data set that knows its labels as `targets`: make it with Avalanche's "
+            "`as_classification_dataset(dataset)`, or give it a list of class indices of that name."
+        )
+    labels = [getattr(c, "item", lambda c=c: c)() for c in getattr(targets, "uniques", targets)]
     broken = [c for c in labels if not isinstance(c, int)]
     if broken:
         raise ValueError(f"Expected class indices as integers but got {broken[0]!r}: give the data set int64 labels.")

@@ -38,7 +38,7 @@ def training_state(strategy: ContinualStrategy) -> dict[str, Any]:
     """
     return {
         "model": _model_state(strategy.model),
-        "optimizer": optimizer_state(strategy.optimizer, strategy.model, strategy._unscaled),
+        "optimizer": optimizer_state(strategy.optimizer, strategy.model, strategy._given_tensors, strategy._unscaled),
         "scaler": strategy._scaler.state_dict(),
         "resources": strategy.resources,
         "clock": object_state(strategy.clock)[0],
@@ -65,7 +65,7 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
         if isinstance(plugin, LRSchedulerPlugin):
             plugin.scheduler.load_state_dict(kept[_SCHEDULER])
     _load_model_state(strategy, state["model"])
-    load_optimizer_state(strategy.optimizer, strategy.model, state["optimizer"])
+    load_optimizer_state(strategy.optimizer, strategy.model, state["optimizer"], strategy._given_tensors)
     strategy._unscaled.clear()
     strategy._scaler.load_state_dict(state["scaler"])
     strategy.resources = list(state["resources"])

@@ -1,0 +1,67 @@
+"""The loss of a mini-batch: over the classes that take part in it, by whatever criterion the strategy was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+
+from avalanche_fmlora.modules import functional
+from avalanche_fmlora.modules.network import ContinualNetwork
+
+
+class Loss(SupervisedTemplate):
+    """The part of :class:`strategies.base.ContinualStrategy` that computes its loss."""
+
+    model: ContinualNetwork
+    config: Any
+
+    def criterion(self) -> Tensor:
+        """The loss over the classes that take part: the experience's own and those in the batch, or all seen.
+
+        Raises:
+            ValueError: if it is not finite in an experience's first step though the logits are: a criterion that can't
+                do with −∞ for the classes that are left out.
+        """
+        if not self.is_training:
+            return self._criterion(self.mb_output, self.mb_y)
+        head = self.model.head
+        allowed = head.seen.clone()
+        if self.config.loss_classes == "current":
+            allowed.zero_()
+            allowed[head.active] = True
+            allowed[self.mb_y] = True
+        loss = self._over(allowed)
+        if not self.clock.train_exp_iterations and not loss.isfinite().all() and self.mb_output.isfinite().all():
+            raise ValueError(
+                f"Expected a finite loss but got {loss.detach()} from {_name(self._criterion)}: logits of classes that "
+                "take no part are −∞, so a criterion must read those of the labels and log-sum-exps only, as "
+                "torch.nn.CrossEntropyLoss does, whose label smoothing is over the classes that take part."
+            )
+        extra = self.model.extra_loss()
+        return loss if extra is None else loss + extra
+
+    def _over(self, allowed: Tensor) -> Tensor:
+        """The criterion over the classes `allowed`, bool [C]; what smooths labels sees no others."""
+        if not smooths(self._criterion):
+            return self._criterion(functional.masked_logits(self.mb_output, allowed), self.mb_y)
+        columns, ce = allowed.nonzero().squeeze(1), self._criterion
+        return F.cross_entropy(
+            self.mb_output[:, columns],
+            torch.searchsorted(columns, self.mb_y),
+            weight=None if ce.weight is None else ce.weight[columns],
+            reduction=ce.reduction,
+            label_smoothing=ce.label_smoothing,
+        )
+
+
+def smooths(criterion: Any) -> bool:
+    """Whether it is torch's cross-entropy with label smoothing."""
+    return isinstance(criterion, nn.CrossEntropyLoss) and bool(criterion.label_smoothing)
+
+
+def _name(criterion: Any) -> str:
+    return getattr(criterion, "__qualname__", type(criterion).__qualname__)

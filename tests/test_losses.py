@@ -1,0 +1,73 @@
+"""What a criterion is given: the classes that take part, whatever an evaluation has made room for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from avalanche.core import SupervisedPlugin
+from torch import Tensor, nn
+
+
+class Losses(SupervisedPlugin):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[float] = []
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        self.all.append(float(strategy.loss.detach()))
+
+
+@pytest.mark.parametrize("loss_classes", ["current", "seen"])
+def test_labels_are_smoothed_over_the_classes_that_take_part(
+    loss_classes: str, make_strategy: Any, class_benchmark: Any
+) -> None:
+    """An evaluation, which widens the logits, changes nothing of what is learned."""
+    rows = []
+    for evaluates in (False, True):
+        losses, criterion = Losses(), nn.CrossEntropyLoss(label_smoothing=0.3)
+        options = {"loss_classes": loss_classes, "lr_head": 0.1, "plugins": [losses], "criterion": criterion}
+        strategy = make_strategy("linear_probe", **options)
+        for experience in class_benchmark.train_stream[:2]:
+            strategy.train(experience, shuffle=False)
+            if evaluates:
+                strategy.eval(class_benchmark.test_stream)
+        assert torch.tensor(losses.all).isfinite().all()
+        assert losses.all[0] == pytest.approx(math.log(2), rel=1e-5), "a linear head starts at zero"
+        rows.append(strategy.model.head.rows)
+    assert rows[0].abs().max() > 0.01
+    torch.testing.assert_close(rows[0], rows[1][: len(rows[0])], rtol=0, atol=1e-6)
+
+
+def test_weights_of_classes_stay_theirs_under_label_smoothing(make_strategy: Any, class_benchmark: Any) -> None:
+    weight = torch.arange(1.0, 7.0)
+    losses = Losses()
+    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
+    strategy = make_strategy("linear_probe", train_epochs=1, train_mb_size=64, criterion=criterion, plugins=[losses])
+    strategy.train(class_benchmark.train_stream[0])
+    classes = sorted(class_benchmark.train_stream[0].classes_in_this_experience)
+    labels = torch.arange(2).repeat_interleave(8)
+    expected = F.cross_entropy(torch.zeros(16, 2), labels, weight=weight[classes], label_smoothing=0.1)
+    assert losses.all[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
+
+
+@pytest.mark.parametrize("criterion", [smoothed, one_hot])
+def test_a_criterion_that_reads_what_is_left_out_is_named_in_its_first_step(
+    criterion: Callable[[Tensor, Tensor], Tensor], make_strategy: Any, class_benchmark: Any
+) -> None:
+    strategy = make_strategy("fm_lora", criterion=criterion, train_epochs=1)
+    strategy.eval(class_benchmark.test_stream)  # makes room for classes that are not seen
+    with pytest.raises(ValueError, match=rf"a finite loss but got (inf|nan) from {criterion.__qualname__}: .*CrossEnt"):
+        strategy.train(class_benchmark.train_stream[0])
