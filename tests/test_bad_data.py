@@ -98,11 +98,13 @@ def test_other_models_take_other_images(make_vit: Any) -> None:
             check_images(half, IMAGES.double())
 
 
-def test_a_model_that_embeds_by_convolutions_checks_for_itself() -> None:
+def test_a_model_that_embeds_by_convolutions_is_asked_too() -> None:
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, img_size=32)
     assert forward_features(hybrid.eval(), torch.rand(2, 3, 32, 32)).isfinite().all()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"shape \[B, 3, H, W\] but got \[2, 1, 32, 32\]"):
         forward_features(hybrid, torch.rand(2, 1, 32, 32))
+    free = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, img_size=32, dynamic_img_size=True)
+    assert forward_features(free.eval(), torch.rand(2, 3, 64, 64)).isfinite().all()
 
 
 def test_a_hook_may_make_images_fit(make_vit: Any) -> None:
