@@ -103,6 +103,8 @@ def test_a_model_that_embeds_by_convolutions_is_asked_too() -> None:
     assert forward_features(hybrid.eval(), torch.rand(2, 3, 32, 32)).isfinite().all()
     with pytest.raises(ValueError, match=r"shape \[B, 3, H, W\] but got \[2, 1, 32, 32\]"):
         forward_features(hybrid, torch.rand(2, 1, 32, 32))
+    grey = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, img_size=32, in_chans=1)
+    assert forward_features(grey.eval(), torch.rand(2, 1, 32, 32)).isfinite().all()
     free = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, img_size=32, dynamic_img_size=True)
     assert forward_features(free.eval(), torch.rand(2, 3, 64, 64)).isfinite().all()
 
