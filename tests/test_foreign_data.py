@@ -70,6 +70,35 @@ def test_experiences_of_their_own_have_no_number(name: str, make_strategy: Any, 
     assert strategy.model.head.seen.tolist() == [True] * 4
 
 
+def test_an_experience_without_a_number_that_is_begun_again_starts_anew(
+    make_strategy: Any, images16: torch.Tensor
+) -> None:
+    class Stop(SupervisedPlugin):
+        stops = True
+
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if self.stops:
+                self.stops = False
+                raise KeyboardInterrupt
+
+    dataset = as_classification_dataset(Labelled(images16, torch.arange(2).repeat(8)))
+    experience, dropped = DatasetExperience(dataset=dataset), []
+    strategy = make_strategy("seq_lora", train_epochs=2, plugins=[Stop()])
+    discard = strategy.model.discard
+    strategy.model.discard = lambda: (dropped.append(True), discard())
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(experience, eval_streams=[])
+    strategy.train(DatasetExperience(dataset=dataset), eval_streams=[])
+    assert not dropped, "another one, for all that is known"
+    strategy.train(experience, eval_streams=[])
+    stop = next(p for p in strategy.plugins if isinstance(p, Stop))
+    stop.stops = True
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(experience, eval_streams=[])
+    strategy.train(experience, eval_streams=[])
+    assert dropped == [True]
+
+
 @pytest.mark.parametrize("name", CONTINUAL)
 def test_evaluation_in_inference_mode_leaves_training_possible(
     name: str, make_strategy: Any, class_benchmark: Any

@@ -309,6 +309,10 @@ def test_a_configuration_object_and_keywords_are_the_same(make_strategy: Any) ->
     assert make_strategy("fm_lora", rank=3, distillation=0.5).config == config
 
 
+def test_evaluation_batches_are_those_of_training_if_none_are_given(make_strategy: Any) -> None:
+    assert make_strategy("fm_lora", train_mb_size=7, eval_mb_size=None).eval_mb_size == 7
+
+
 def test_unknown_method_gives_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no method 'fm_lara': did you mean 'fm_lora'\?"):
         method("fm_lara")
