@@ -53,9 +53,7 @@ def test_joint_training_evaluates_all_that_it_trained_on(make_strategy: Any, cla
         make_strategy("joint").train([])
 
 
-def test_copies_of_copies_train_their_own_tensors_only(
-    make_strategy: Any, class_benchmark: Any, tmp_path: Path
-) -> None:
+def test_copies_of_copies_train_their_own_tensors_only(make_strategy: Any, class_benchmark: Any) -> None:
     strategy = make_strategy("fm_lora", train_epochs=1)
     for experience in class_benchmark.train_stream:
         strategy = copy.deepcopy(strategy)

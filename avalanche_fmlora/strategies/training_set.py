@@ -79,8 +79,7 @@ class Begun:
 
     def is_same(self, experience: Any) -> bool:
         """Whether `experience` is this one."""
-        other = Begun.of(experience)
-        return self.experience is experience or (self.number is not None and self == other)
+        return self.experience is experience or (self.number is not None and self == Begun.of(experience))
 
 
 def _labels_in(dataset: Any) -> set[int]:
