@@ -114,7 +114,8 @@ def test_ranks_against_what_they_were_chosen_by() -> None:
         row["complexity"] = None
     figure = rank([made, other])
     over, complexity, similarity = figure.axes
-    assert lines(over) == {"None": [8.0, 16.0]}, "a fixed rank is not chosen"
+    assert lines(over)["None"] == [8.0, 16.0]
+    assert not figure.legends, "a fixed rank is not chosen"
     assert np.asarray(complexity.collections[0].get_offsets()).tolist() == [[0.3, 8], [0.6, 16]]
     assert np.asarray(similarity.collections[0].get_offsets()).tolist() == [[0.1, 8]]
     made["experiences"][1]["ranks_per_layer"] = [8, 16]
@@ -145,6 +146,35 @@ def test_accuracy_against_costs(figure: Any, x: float) -> None:
     assert axes.get_xscale() == ("symlog" if x > 100 else "log"), "zero has its place"
 
 
+def test_names_beside_points_are_in_the_panel_and_cover_neither_points_nor_each_other() -> None:
+    figure = accuracy_against_cost(close(9))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    frame, boxes = axes.get_window_extent(), [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 9
+    assert all(frame.x0 - 1 < box.x0 and box.x1 < frame.x1 + 1 for box in boxes)
+    assert all(frame.y0 - 1 < box.y0 and box.y1 < frame.y1 + 1 for box in boxes)
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    points = [line.get_xydata()[0] for line in axes.lines if str(line.get_marker()) not in ("None", "")]
+    places = axes.transData.transform(points)
+    assert len(places) == 9
+    assert not any(box.contains(*place) for box in boxes for place in places)
+
+
+def test_many_points_have_numbers_that_a_legend_below_explains() -> None:
+    figure = accuracy_against_cost(close(12))
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[0] == "1  method_11", "the most accurate first"
+    assert names[-1] == "12  method_0"
+    by_colour = {text.get_text(): text.get_color() for text in axes.texts}
+    handles = {name.split()[0]: handle.get_color() for name, handle in zip(names, legend.legend_handles, strict=True)}  # type: ignore[union-attr]
+    assert by_colour == handles
+    assert legend.get_window_extent().y1 < axes.get_window_extent().y0
+    assert not accuracy_against_cost(close(10)).legends
+
+
 def test_trained_parameters_of_old_records_are_all_trainable_ones() -> None:
     old = make(0.5)
     for row in old["experiences"]:
@@ -152,9 +182,19 @@ def test_trained_parameters_of_old_records_are_all_trainable_ones() -> None:
     assert trained_an_experience(old) == 10.5
 
 
-def test_names_at_the_side_do_not_overlap() -> None:
-    records = [record(f"method_{k}", [[0.9, None], [0.5, 0.5 + k / 1000]]) for k in range(10)]
-    figure = accuracy_over_experiences(records)
+def close(count: int, label: str = "") -> list[Record]:
+    """Records of methods whose accuracies differ little."""
+    records = [record(f"method_{k}{label}", [[0.9, None], [0.5, 0.5 + k / 1000]]) for k in range(count)]
+    for k, made in enumerate(records):
+        made["metrics"]["final_average_accuracy"] = 0.5 + k / 2000
+    return records
+
+
+@pytest.mark.parametrize("count", [10, 30])
+@pytest.mark.parametrize("draw", [accuracy_over_experiences, forgetting])
+def test_names_at_the_side_do_not_overlap(draw: Any, count: int) -> None:
+    records = close(count, " with a name of two lines" if count > 10 else "")
+    figure = draw(records)
     figure.draw_without_rendering()
     boxes = sorted((Text.get_window_extent(text) for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert all(above.y0 >= below.y1 - 2 for below, above in pairwise(boxes))
@@ -218,14 +258,23 @@ def test_one_experience_has_one_tick() -> None:
         assert list(figure.axes[0].get_xticks()) == [1]
 
 
-def test_ranks_of_many_variants_stay_near_theirs_and_in_the_panel() -> None:
+def test_ranks_of_many_variants_are_drawn_where_they_are_and_named_with_their_marks() -> None:
     figure = rank([make(method="fm_lora", options={"rank": 4 + k}) for k in range(13)])
     for name in ("complexity", "similarity to the past"):
         (axes,) = (a for a in figure.axes if a.get_xlabel() == name)
-        drawn = [float(y) for points in axes.collections for _, y in np.array(points.get_offsets())]
-        assert drawn
-        assert all(min(abs(y - true) for true in (8, 16)) <= 0.06 * 16 + 1e-9 for y in drawn)
+        drawn = {float(y) for points in axes.collections for _, y in np.array(points.get_offsets())}
+        assert drawn == ({8.0, 16.0} if name == "complexity" else {16.0})
         assert max(drawn) < axes.get_ylim()[1]
+    marks = {str(handle.get_marker()) for handle in figure.legends[0].legend_handles}  # type: ignore[union-attr]
+    assert len(marks) > 10
+
+
+def test_ticks_of_many_experiences_begin_at_the_first() -> None:
+    count = 50
+    matrix = [[0.5 if i <= t else None for i in range(count)] for t in range(count)]
+    made = record("fm_lora", matrix)
+    assert list(accuracy_over_experiences([made]).axes[0].get_xticks()) == [1, *range(5, 51, 5)]
+    assert next(iter(forgetting([made]).axes[0].get_xticks())) == 2
 
 
 def test_matrices_side_by_side_share_a_scale_and_have_numbers_where_they_fit() -> None:

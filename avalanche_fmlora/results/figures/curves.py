@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from avalanche_fmlora.results.figures.labels import label_lines, wrapped
+from avalanche_fmlora.results.figures.labels import label_lines, names_height_in, wrapped
 from avalanche_fmlora.results.figures.style import (
     Series,
     column_figure,
@@ -35,7 +35,7 @@ def accuracy_over_experiences(records: Iterable[Record]) -> Figure:
     import numpy as np
 
     series = series_of(records)
-    figure = new_figure(2.5)
+    figure = new_figure(0.6 + _panel_in(series))
     axes = figure.subplots()
     ends = []
     for one in series:
@@ -65,8 +65,9 @@ def forgetting(records: Iterable[Record]) -> Figure:
     if not series:
         raise ValueError("Expected runs of at least two experiences learned in turn, since forgetting needs them.")
     bars = 0.3 + sum(0.1 + 0.08 * len(wrapped(one.name, 16).splitlines()) for one in series)
-    figure = new_figure(2.4 + bars)
-    above, below = figure.subplots(2, height_ratios=[2.0, bars])
+    lines = _panel_in(series)
+    figure = new_figure(0.9 + lines + bars)
+    above, below = figure.subplots(2, height_ratios=[lines, bars])
     ends = []
     for one in series:
         curves = np.array([_forgetting(_matrix(run.record)) for run in one.runs])
@@ -77,6 +78,11 @@ def forgetting(records: Iterable[Record]) -> Figure:
     _finish(above, series, ends)
     _bars(below, series)
     return figure
+
+
+def _panel_in(series: Sequence[Series]) -> float:
+    """Height of a panel beside which all names find a place."""
+    return max(1.9, 1.05 * names_height_in([one.name for one in series]))
 
 
 def _matrix(record: Record) -> Any:
@@ -136,8 +142,9 @@ def _bars(axes: Axes, series: Sequence[Series]) -> None:
     if any(stds):
         axes.errorbar(means, range(len(order)), xerr=stds, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
     for k, (mean, std) in enumerate(zip(means, stds, strict=True)):
-        axes.text(max(mean + std, 0) + 0.003, k, f"{100 * mean:.1f}", va="center", fontsize=6.5)
-    axes.set_yticks(range(len(order)), [wrapped(s.name, 16) for s in order], linespacing=0.85)
+        place = (max(mean + std, 0), k)
+        axes.annotate(f"{100 * mean:.1f}", place, (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+    axes.set_yticks(range(len(order)), [wrapped(s.name, 16) for s in order])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("forgetting at the end [points]" + (" ± standard deviation" if any(stds) else ""))
     axes.margins(x=0.12)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NEAR: tuple[tuple[int, int, str], ...] = (
-    *((5, 0, "left"), (-5, 0, "right"), (0, 7, "center"), (0, -7, "center")),
-    *((4, 6, "left"), (4, -6, "left"), (-4, 6, "right"), (-4, -6, "right")),
-)
-_SIDES = tuple((dx * far, dy * far, side) for far in (1.0, 2.2, 3.6) for dx, dy, side in _NEAR)
-_Box: TypeAlias = tuple[float, float, float, float]
+_LINE_PT = 7.5
+MOST_NAMED = 10
+"""Points that :func:`label_points` names in the panel; with more they have numbers."""
 
 
 def wrapped(name: str, width: int = 20) -> str:
@@ -26,7 +23,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> No
     """Names at the right of the axes, beside the ends (name, x, y, colour) of lines, moved apart where they overlap."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
-    line_height = 7.5 * figure.dpi / 72 / axes.get_window_extent().height
+    line_height = _LINE_PT * figure.dpi / 72 / axes.get_window_extent().height
     low, high = axes.get_ylim()
     entries = []
     for name, x, y, colour in ends:
@@ -47,6 +44,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> No
                 "arrowstyle": "-",
                 "color": colour,
                 "linewidth": 0.4,
+                "patchA": None,
                 "shrinkA": 1,
                 "shrinkB": 2,
                 "relpos": (0, 0.5),
@@ -56,7 +54,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> No
 
 
 class Point(NamedTuple):
-    """A point with its name and half the lengths of its whiskers."""
+    """A point with its name, half the lengths of its whiskers and its marker."""
 
     name: str
     x: float
@@ -64,54 +62,64 @@ class Point(NamedTuple):
     dx: float
     dy: float
     colour: str
+    marker: str
+    face: str
 
 
 def label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Names beside points, each on the side where least is in the way."""
+    """Names beside points, clear of markers and whiskers; many are numbers that a legend below explains."""
+    import textalloc
     from matplotlib.patheffects import withStroke
 
+    if not points:
+        return
+    texts = [wrapped(p.name) for p in points]
+    if len(points) > MOST_NAMED:
+        texts = _numbered(axes, points)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    textalloc.allocate(
+        axes,
+        [p.x for p in points],
+        [p.y for p in points],
+        texts,
+        x_scatter=[p.x for p in points],
+        y_scatter=[p.y for p in points],
+        x_lines=[x for p in points for x in ([p.x - p.dx, p.x + p.dx], [p.x, p.x])],
+        y_lines=[y for p in points for y in ([p.y, p.y], [p.y - p.dy, p.y + p.dy])],
+        max_distance=0.5,
+        avoid_label_lines_overlap=True,
+        avoid_crossing_label_lines=True,
+        textsize=6.5,
+        textcolor=[p.colour for p in points],
+        linecolor=[p.colour for p in points],
+        linewidth=0.4,
+        path_effects=[withStroke(linewidth=1.5, foreground="white")],
+    )
+
+
+def _numbered(axes: Axes, points: Sequence[Point]) -> list[str]:
+    """A number for each point, the highest first, and a legend of what they stand for below the figure."""
+    from matplotlib.lines import Line2D
+
+    order = sorted(range(len(points)), key=lambda k: -points[k].y)
+    number = {k: f"{n}" for n, k in enumerate(order, 1)}
+    handles = [
+        Line2D([], [], linestyle="none", marker=p.marker, color=p.colour, mfc=p.face, label=f"{number[k]}  {p.name}")
+        for k, p in ((k, points[k]) for k in order)
+    ]
     figure: Any = axes.figure
-    figure.draw_without_rendering()
-    scale, frame, to_pixels = figure.dpi / 72, axes.get_window_extent(), axes.transData.transform
-    taken: list[_Box] = []
-    for p in points:
-        (x, y), (x0, y0), (x1, y1) = to_pixels([(p.x, p.y), (p.x - p.dx, p.y - p.dy), (p.x + p.dx, p.y + p.dy)])
-        r = 3 * scale
-        taken += [(x - r, y - r, x + r, y + r), (x0, y - r / 2, x1, y + r / 2), (x - r / 2, y0, x + r / 2, y1)]
-    for p in points:
-        lines = wrapped(p.name).splitlines()
-        width, height = 3.7 * scale * max(map(len, lines)), 7 * scale * len(lines)
-        x, y = to_pixels((p.x, p.y))
-        boxes = [_beside(x + dx * scale, y + dy * scale, width, height, side) for dx, dy, side in _SIDES]
-        costs = [sum(_overlap(b, t) for t in taken) + 20 * scale * _outside(b, frame) + k for k, b in enumerate(boxes)]
-        k = costs.index(min(costs))
-        taken.append(boxes[k])
-        text = axes.annotate(
-            "\n".join(lines),
-            (p.x, p.y),
-            xytext=_SIDES[k][:2],
-            textcoords="offset points",
-            ha=_SIDES[k][2],
-            va="center",
-            fontsize=6.5,
-            color=p.colour,
-            arrowprops={"arrowstyle": "-", "color": p.colour, "linewidth": 0.4, "shrinkA": 0} if k >= 8 else None,
-        )
-        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
+    figure.legend(handles=handles, loc="outside lower center", ncols=1, fontsize=6.5, frameon=False, labelspacing=0.2)
+    return [number[k] for k in range(len(points))]
 
 
-def _beside(x: float, y: float, width: float, height: float, side: str) -> _Box:
-    left = x - {"left": 0.0, "center": width / 2, "right": width}[side]
-    return left, y - height / 2, left + width, y + height / 2
+def names_height_in(names: Sequence[str]) -> float:
+    """Inches that names below each other take, on their one or two lines."""
+    return sum(wrapped(name).count("\n") + 1 for name in names) * _LINE_PT / 72
 
 
-def _outside(box: _Box, frame: Any) -> float:
-    across = max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.x1)
-    return float(across + max(0.0, frame.y0 - box[1]) + max(0.0, box[3] - frame.y1))
-
-
-def _overlap(a: _Box, b: _Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def legend_height_in(count: int) -> float:
+    """Inches that the legend of :func:`label_points` takes below so many points."""
+    return (count > MOST_NAMED) * (0.1 + count * 0.12)
 
 
 def _apart(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:

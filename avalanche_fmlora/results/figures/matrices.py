@@ -73,7 +73,7 @@ def _panels(names: Sequence[str], matrices: Sequence[Any], after_name: str = "")
     for axes, name, matrix in zip(grid, names, matrices, strict=False):
         axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high, aspect="equal")
         _ticks(axes, len(matrix))
-        axes.set_title(wrapped(name, 24 if columns < 3 else 16) + after_name)
+        axes.set_title(wrapped(name, 24 if columns < 3 else 13) + after_name)
         if len(matrix) <= (10, 6, 4)[columns - 1]:
             _numbers(axes, matrix, (low + high) / 2)
     for axes in grid[len(names) :]:

@@ -42,7 +42,7 @@ def rank(records: Iterable[Record]) -> Figure:
     for k, one in enumerate(series):
         _over_experiences(axes["rank"], one, k, len(series))
         for name in ("complexity", "similarity"):
-            _against(axes[name], one, name, (k - (len(series) - 1) / 2) * min(1, 4 / max(1, len(series) - 1)))
+            _against(axes[name], one, name)
     _finish(axes, series)
     if several:
         figure.legend(*axes["rank"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -65,15 +65,15 @@ def _over_experiences(axes: Axes, one: Series, k: int, count: int) -> None:
         places = k * len(ranks) + np.arange(len(ranks)) - (count * len(ranks) - 1) / 2
         nudges = places * min(0.12, 0.7 / (count * len(ranks)))
         axes.scatter((x + nudges[:, None]).ravel(), ranks.ravel(), **_points(one))
-    axes.plot(x, mean, linestyle=look.line, color=look.colour, label=wrapped(one.name, 26))
+    axes.plot(x, mean, linestyle=look.line, color=look.colour)
+    axes.plot([], [], look.marker, ls=look.line, color=look.colour, mfc="none", mew=0.7, label=wrapped(one.name, 26))
 
 
-def _against(axes: Axes, one: Series, name: str, place: float) -> None:
-    """Rank against a measure; series a little above each other, by `place` from -2 to 2, since ranks are few."""
+def _against(axes: Axes, one: Series, name: str) -> None:
+    """Rank against a measure."""
     experiences: list[dict[str, Any]] = [dict(e) for run in one.runs for e in run.record["experiences"] if _measured(e)]
     known = [e for e in experiences if e[name] is not None]
-    ranks = [e["rank"] + 0.03 * place * max(e["rank"] for e in experiences) for e in known]
-    axes.scatter([e[name] for e in known], ranks, **_points(one))
+    axes.scatter([e[name] for e in known], [e["rank"] for e in known], **_points(one))
 
 
 def _points(one: Series) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
@@ -161,8 +162,9 @@ def as_bytes(figure: Figure, format: str, dpi: int = 300) -> bytes:
 
 
 def whole_ticks(axes: Axes) -> None:
-    """Ticks of experiences along x: at most ten, at whole numbers; where there is one experience, at that."""
+    """Ticks of experiences along x: at most some ten, at whole numbers, the first experience among them."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    low, high = axes.dataLim.intervalx
-    axes.xaxis.set_major_locator(FixedLocator([1]) if 0 <= high - low < 1 else MaxNLocator(10, integer=True))
+    first, last = math.ceil(axes.dataLim.x0), math.floor(axes.dataLim.x1)
+    ticks = [tick for tick in MaxNLocator(10, integer=True).tick_values(first, last) if first < tick <= last]
+    axes.xaxis.set_major_locator(FixedLocator([first, *ticks]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from avalanche_fmlora.results.figures.labels import Point, label_points
+from avalanche_fmlora.results.figures.labels import Point, label_points, legend_height_in
 from avalanche_fmlora.results.figures.style import (
     column_figure,
     new_figure,
@@ -74,7 +74,7 @@ def _scatter(records: Iterable[Record], cost: Callable[[Record], float | None], 
     import numpy as np
 
     series = series_of(records)
-    figure = new_figure(2.4)
+    figure = new_figure(2.4 + legend_height_in(len(series)))
     axes = figure.subplots()
     points = []
     for one in series:
@@ -89,7 +89,7 @@ def _scatter(records: Iterable[Record], cost: Callable[[Record], float | None], 
         axes.errorbar(x, y, dy or None, dx or None, fmt=look.marker, color=look.colour, mfc=face, elinewidth=0.7)
         if one.apart == JOINT:
             axes.axhline(y, color="0.6", linestyle=look.line, linewidth=0.7, zorder=0)
-        points.append(Point(one.name, float(x), float(y), float(dx), float(dy), look.colour))
+        points.append(Point(one.name, float(x), float(y), float(dx), float(dy), look.colour, look.marker, face))
     _log_axis(axes, [p.x for p in points])
     axes.set_xlabel(label)
     axes.set_ylabel("final average accuracy [%]")
