@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterable
@@ -70,8 +71,11 @@ class RunConfig(StrictModel):
         Raises:
             ValueError: for an unknown method or option.
         """
-        strategy = method_class(self.method)
-        return validate(strategy.config_class, {"seed": self.seed, **self.method_options}, self.method)
+        cls = method_class(self.method).config_class
+        for name in self.method_options:
+            if name not in cls.model_fields:
+                raise ValueError(f"{self.method} has no option `{name}`: {instead_of(name, self.method)}")
+        return validate(cls, {"seed": self.seed, **self.method_options}, self.method)
 
     def identity(self) -> dict[str, Any]:
         """What a record keeps of this configuration, and is named by: all defaults filled in, paths without folders."""
@@ -82,6 +86,27 @@ class RunConfig(StrictModel):
         if plain["backbone"]["weights"] is not None:
             plain["backbone"]["weights"] = last_name(plain["backbone"]["weights"])
         return plain
+
+
+PARTS = {
+    name: part
+    for part, model in (("benchmark", BenchmarkConfig), ("backbone", BackboneConfig), ("training", TrainingConfig))
+    for name in model.model_fields
+}
+"""The part of a run's configuration that each of their fields is in."""
+
+
+def instead_of(name: str, *methods: str) -> str:
+    """What to write instead of an option that neither a run nor one of these methods has."""
+    if part := PARTS.get(name):
+        return f"it belongs to `{part}`, so write {part}: {{{name}: …}}, or `--{part}.{name}` as a flag."
+    if name.endswith("s") and name[:-1] in RunConfig.model_fields:
+        return f"a run has one `{name[:-1]}`, several are for `fmlora compare`."
+    own = {field for method in methods for field in method_class(method).config_class.model_fields}
+    near = difflib.get_close_matches(name, sorted({*RunConfig.model_fields, *PARTS, *own}), n=1, cutoff=0.7)
+    if near and near[0] not in {*RunConfig.model_fields, *own}:
+        return f"did you mean `{near[0]}` of `{PARTS[near[0]]}`?"
+    return f"did you mean `{near[0]}`?" if near else f"`fmlora list {methods[0]}` shows the method's options."
 
 
 def make_run(options: dict[str, Any]) -> RunConfig:
@@ -97,6 +122,9 @@ def make_run(options: dict[str, Any]) -> RunConfig:
         raise ValueError(
             f"the configuration has no option `{misplaced[0]}`, but {name} has: write it below `method_options`."
         )
+    if unknown and isinstance(name, str):
+        first = min(unknown)
+        raise ValueError(f"the configuration has no option `{first}`: {instead_of(first, name)}")
     config = validate(RunConfig, options, "the configuration")
     config.resolved_method()
     return config

@@ -29,6 +29,10 @@ from avalanche_fmlora.strategies.registry import method as method_class
 logger = logging.getLogger(__name__)
 
 
+class CannotStart(ValueError):
+    """The backbone, data or strategy of a configuration can't be built: nothing has been trained."""
+
+
 def make_backbone(config: RunConfig, data_root: Path | None = None) -> Backbone:
     """The backbone of a configuration, a model of the caller's own; its file is read once a process."""
     backbone = config.backbone
@@ -71,15 +75,21 @@ def run(
 
     Returns:
         A finished record; nothing but checkpoints is written.
+
+    Raises:
+        CannotStart: if backbone, data or strategy can't be built as configured.
     """
     torch.set_num_threads(threads)
     started = _now()
     record = blank_record(config.identity())
     record["environment"] = environment(device, threads)
-    backbone = make_backbone(config, data_root)
-    benchmark = make_benchmark(config, backbone, data_root)
-    torch.manual_seed(config.seed)
-    strategy = make_strategy(config, backbone, device, len(benchmark.train_stream))
+    try:
+        backbone = make_backbone(config, data_root)
+        benchmark = make_benchmark(config, backbone, data_root)
+        torch.manual_seed(config.seed)
+        strategy = make_strategy(config, backbone, device, len(benchmark.train_stream))
+    except (ValueError, OSError) as error:
+        raise CannotStart(str(error)) from error
     if progress:
         strategy.plugins.append(ProgressPlugin())
     logger.info("%s on %s, class order %s", config.method, benchmark.info.name, config.class_order_seed)

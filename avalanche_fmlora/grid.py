@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from avalanche_fmlora.backbones import BackboneConfig
-from avalanche_fmlora.config import RunConfig, TrainingConfig, make_run, merged, read_yaml, set_option
-from avalanche_fmlora.data.config import BenchmarkConfig
+from avalanche_fmlora.config import PARTS, RunConfig, instead_of, make_run, merged, read_yaml, set_option
 from avalanche_fmlora.results.record import run_id
 from avalanche_fmlora.strategies.registry import method as method_class
 from avalanche_fmlora.strategies.registry import methods as all_methods
@@ -19,11 +16,6 @@ from avalanche_fmlora.strategies.registry import methods as all_methods
 _AXES = ("benchmarks", "methods", "class_order_seeds", "seeds", "grid")
 SINGLE = {"method": "methods", "seed": "seeds", "class_order_seed": "class_order_seeds"}
 _OWN_AXIS = {**SINGLE, "label": "methods"}
-_PARTS = {
-    name: part
-    for part, model in (("benchmark", BenchmarkConfig), ("backbone", BackboneConfig), ("training", TrainingConfig))
-    for name in model.model_fields
-}
 
 
 def expand(options: dict[str, Any], flags: Sequence[tuple[str, Any]] = ()) -> list[RunConfig]:
@@ -161,7 +153,7 @@ def _apply(name: str, value: Any, shared: dict[str, Any], entries: list[dict[str
     if first in RunConfig.model_fields:
         set_option(shared, name, value)
         return
-    if part := _PARTS.get(name):
+    if part := PARTS.get(name):
         raise ValueError(
             f"`{name}` belongs to `{part}`: write {part}={{{name!r}: {value!r}}}, or `{part}.{name}` as a flag. A "
             "method's own option of that name goes into its entry of `methods`."
@@ -169,9 +161,7 @@ def _apply(name: str, value: Any, shared: dict[str, Any], entries: list[dict[str
     named = [e for e in entries if e["method"] == first]
     takers = named if rest and named else [e for e in entries if first in _fields(e["method"])]
     if not takers:
-        known = sorted({f for e in entries for f in _fields(e["method"])} | set(RunConfig.model_fields))
-        near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else "`fmlora list METHOD` shows a method's options."
+        hint = instead_of(first, *(entry["method"] for entry in entries))
         raise ValueError(f"No method of this comparison has an option `{name}`: {hint}")
     for entry in takers:
         set_option(entry, f"method_options.{rest if named and rest else name}", value)

@@ -89,13 +89,22 @@ def sweep(
 
 
 def run_and_write(
-    config: RunConfig, folder: Path, device: str, threads: int, data_root: Path | None = None, progress: bool = False
+    config: RunConfig,
+    folder: Path,
+    device: str,
+    threads: int,
+    data_root: Path | None = None,
+    progress: bool = False,
+    must_start: bool = False,
 ) -> Record:
     """Run once and write the record; a breakdown becomes a failed record with its error.
 
     Checkpoints lie below `folder` until there is a finished record: run again, it goes on from the last of them.
+
+    Raises:
+        CannotStart: with `must_start`, if the configuration can't be run, instead of a failed record.
     """
-    from avalanche_fmlora.experiment import run
+    from avalanche_fmlora.experiment import CannotStart, run
     from avalanche_fmlora.resuming import checkpoint_folder
 
     checkpoints = checkpoint_folder(folder, config.identity())
@@ -110,7 +119,10 @@ def run_and_write(
         )
     except Exception as error:
         logger.debug("%s", traceback.format_exc())
-        record = _failed(config, f"{type(error).__name__}: {error}", device, threads)
+        if must_start and isinstance(error, CannotStart):
+            raise
+        cause = error.__cause__ if isinstance(error, CannotStart) else error
+        record = _failed(config, f"{type(cause).__name__}: {cause}", device, threads)
     try:
         write_record(record, folder)
     except FileExistsError:  # another process of the same sweep has finished it meanwhile

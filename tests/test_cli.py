@@ -153,17 +153,35 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
     done = fmlora(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "Expected a `rank` between" in done.stderr
-    assert done.stderr.endswith("Failed runs keep their error until the same command is given with --retry-failed.\n")
+    assert "Failed runs keep their error until the same command is given with --retry-failed." in done.stderr
+    (failed,) = (tmp_path / "runs" / "records").glob("seq_lora*.json")
+    assert f"(record {failed.name})" in done.stderr, "to be deleted by who has no use for it"
     states = {p.name.split("-")[0]: json.loads(p.read_text()) for p in (tmp_path / "runs" / "records").glob("*.json")}
     assert states["ncm"]["status"] == "finished"
     assert states["seq_lora"]["status"] == "failed"
     assert "rank" in states["seq_lora"]["error"]
 
 
+def test_a_run_that_cannot_start_leaves_no_record(photos: Path, tmp_path: Path) -> None:
+    for flags, message in ((["--rank", "1000"], "Expected a `rank` between"), (["--n-experiences", "99"], "99")):
+        done = fmlora("run", *SMALL, "--path", str(photos), *flags, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("Error: Expected")
+        assert message in done.stderr
+    assert not list((tmp_path / "runs" / "records").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "fm_lora", "--rnak", "4"], "did you mean `rank`"),
+        (["run", "--epoch", "3"], "did you mean `epochs` of `training`"),
+        (["run", "--num-workers", "2"], "or `--training.num_workers` as a flag"),
+        (["run", "--batchsize", "4"], "did you mean `batch_size` of `training`"),
+        (["run", "--seeds", "[0, 1]"], "a run has one `seed`, several are for `fmlora compare`"),
+        (["run", "--lr", "4"], "`fmlora list fm_lora` shows the method's options"),
+        (["compare", "--imagesize", "32"], "did you mean `image_size` of `backbone`"),
+        (["run", "--image-size", "33"], "takes images of 32 px but got 33"),
         (["run", "fm_lore"], "did you mean 'fm_lora'"),
         (["run", "--epochs"], "--epochs needs a value"),
         (["run", "--training.epochs", "many"], "training.epochs"),

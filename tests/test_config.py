@@ -18,6 +18,8 @@ from avalanche_fmlora.sweep import sweep
     ("options", "message"),
     [
         ({"trainning": {}}, "did you mean `training`"),
+        ({"epochs": 3}, r"has no option `epochs`: it belongs to `training`, so write training: \{epochs: …\}"),
+        ({"method_options": {"epochs": 3}}, r"fm_lora has no option `epochs`: it belongs to `training`"),
         ({"training": {"epoch": 3}}, r"`training.epoch`: did you mean `epochs`"),
         ({"training": {"epochs": 0}}, r"`training.epochs` = 0"),
         ({"method": "fm_lor"}, "did you mean 'fm_lora'"),

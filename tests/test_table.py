@@ -17,6 +17,7 @@ from made_records import make
 
 from avalanche_fmlora.metrics import summarize
 from avalanche_fmlora.results import table
+from avalanche_fmlora.results.figures import draw
 from avalanche_fmlora.results.record import write_record
 from avalanche_fmlora.results.table import (
     matrix_frame,
@@ -152,6 +153,21 @@ def test_failed_runs_and_missing_class_orders_are_flagged() -> None:
         "fmlora": (3, "missing class orders: 3 (failed), 4"),
         "seq_lora": (0, "missing class orders: 0 (failed), 1 (failed), 2, 3, 4"),
     }
+
+
+def test_a_failed_run_with_other_options_does_not_rename_those_that_finished() -> None:
+    good = [make(method="l2p", options={"rank": 16}, order=o) for o in (0, 1)]
+    failed = [
+        make(method="l2p", options={"rank": 8}, error="boom"),
+        make(method="l2p", options={"rank": 16}, order=2, error="boom"),
+        make(method="l2p", options={"rank": 16}, benchmark={"n_experiences": 7}, error="boom"),
+        make(method="l2p", options={"rank": 16}, training={"epochs": 9}, error="boom"),
+    ]
+    names = {(row["label"], row["protocol"], row["n"]) for row in summary_rows([*failed, *good])}
+    assert (None, None, 2) in names, "as if the others weren't there"
+    assert ("rank=8", None, 0) in names, "which the table says of the failed one alone"
+    assert {n for _, protocol, n in names if protocol} == {0}
+    assert list(draw([*failed, *good], ["accuracy"])) == ["accuracy"]
 
 
 def test_a_run_that_failed_elsewhere_is_missed_by_nobody() -> None:

@@ -162,7 +162,7 @@ def user_errors() -> Iterator[None]:
 def show(records: Sequence[Record], out: Path, mend: str) -> None:
     """CSVs of all records in the folder, the table of these ones; if one failed, how to `mend` it and exit status 1."""
     from avalanche_fmlora.comparison import one_line
-    from avalanche_fmlora.results.record import read_records
+    from avalanche_fmlora.results.record import file_name, read_records
     from avalanche_fmlora.results.remarks import repeated_orders
     from avalanche_fmlora.results.table import render, summary_rows, write_csvs
 
@@ -173,7 +173,7 @@ def show(records: Sequence[Record], out: Path, mend: str) -> None:
     click.echo(f"\nRecords: {out / 'records'}\nTables:  " + ", ".join(str(p) for p in paths.values()))
     failed = [r for r in records if r["status"] != "finished"]
     for record in failed:
-        click.echo(f"Failed: {one_line(record)}", err=True)
+        click.echo(f"Failed: {one_line(record)} (record {file_name(record)})", err=True)
     if failed:
         click.echo(mend, err=True)
         sys.exit(1)

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from avalanche_fmlora.results.record import Record
 
 
+FAILED = (
+    "Failed runs keep their error until the same command is given with --retry-failed. "
+    "The record of one that is not wanted any more can be deleted."
+)
+
+
 @click.command(
     context_settings=FLEXIBLE,
     epilog=OPTIONS_HELP + "An option of one method only: --fm_lora.rank 16.",
@@ -105,7 +111,7 @@ def compare(
                 retry_failed=retry_failed,
                 report=report,
             )
-        show(records, out, "Failed runs keep their error until the same command is given with --retry-failed.")
+        show(records, out, FAILED)
 
 
 def _configs(files: tuple[Path, ...], arguments: Sequence[str], flags: dict[str, Any]) -> list[RunConfig]:

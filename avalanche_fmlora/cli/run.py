@@ -54,5 +54,6 @@ def run(
                 click.echo(f"It failed before ({record['error']}) and is run again.", err=True)
             config = located(config, data_root)
             check_folder(out / "records")
-            record = run_and_write(config, out / "records", device, threads or available_cores(), progress=True)
+            cores = threads or available_cores()
+            record = run_and_write(config, out / "records", device, cores, progress=True, must_start=True)
         show([record], out, "Once that is mended, the same command runs it again.")

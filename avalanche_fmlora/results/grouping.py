@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -102,21 +102,16 @@ def runs_of(records: Iterable[Record]) -> list[Run]:
         raise ValueError(f"Expected each run once but got {twice} more than once: leave the copies out.")
     facts = _joined_facts(ordered)
     options = [_options(record, fact) for record, fact in zip(ordered, facts, strict=True)]
-    families: dict[tuple[str, str, str | None], list[Row]] = {}
-    for record, own in zip(ordered, options, strict=True):
-        families.setdefault(_family(record), []).append(own)
-    varying = {family: _varying(rows) for family, rows in families.items()}
     protocols = _protocols(ordered, facts)
-    trained: dict[str, list[Row]] = {}
-    for record, (_, identity) in zip(ordered, protocols, strict=True):
-        trained.setdefault(identity, []).append(_settings(record))
-    free = {identity: set(filter(_is_training, _varying(rows))) for identity, rows in trained.items()}
-    first = _first_numbers(ordered, [identity for _, identity in protocols])
+    identities = [identity for _, identity in protocols]
+    varying = _telling(ordered, options, [_family(record) for record in ordered])
+    trained = _telling(ordered, [_settings(record) for record in ordered], identities)
+    first = _first_numbers(ordered, identities)
     runs = []
-    for record, own, (text, identity), order in zip(ordered, options, protocols, first, strict=True):
+    for k, (record, own, (text, identity), order) in enumerate(zip(ordered, options, protocols, first, strict=True)):
         config = record["config"]
         key = (benchmark_name(record), identity, config["method"], config["label"] or "", _canonical(own))
-        shown = varying[_family(record)] | free[identity]
+        shown = varying[k] | set(filter(_is_training, trained[k]))
         label = " ".join(filter(None, (config["label"], _shown(own, shown))))
         runs.append(Run(record, key, text, identity, label or None, order))
     return runs
@@ -239,12 +234,14 @@ def _protocols(records: Sequence[Record], facts: Sequence[Row]) -> list[tuple[st
     """
     names = [benchmark_name(record) for record in records]
     settings = [{k: v for k, v in fact.items() if not k.startswith(("data.", "weights."))} for fact in facts]
-    varying: dict[str, set[str]] = {}
+    rows: list[Row] = list(facts)
     for name in set(names):
         same = [k for k, other in enumerate(names) if other == name]
-        enough = len({_canonical(settings[k]) for k in same}) == len({_canonical(facts[k]) for k in same})
-        varying[name] = _varying([(settings if enough else facts)[k] for k in same])
-    return [(_shown(fact, varying[name]), f"p{run_id(fact)[:8]}") for fact, name in zip(facts, names, strict=True)]
+        if len({_canonical(settings[k]) for k in same}) == len({_canonical(facts[k]) for k in same}):
+            for k in same:  # the settings tell them apart: data and weights need not be shown
+                rows[k] = settings[k]
+    varying = _telling(records, rows, names)
+    return [(_shown(fact, keys), f"p{run_id(fact)[:8]}") for fact, keys in zip(facts, varying, strict=True)]
 
 
 def _settings(record: Record) -> Row:
@@ -280,6 +277,24 @@ def _varying(rows: Sequence[Row]) -> set[str]:
     """
     keys = {key for row in rows for key in row}
     return {key for key in keys if len({_value(row, key) for row in rows} - {_NO_SUCH_PART}) > 1}
+
+
+def _telling(records: Sequence[Record], rows: Sequence[Row], groups: Sequence[Hashable]) -> list[set[str]]:
+    """For each row the keys that tell it from the others of its group.
+
+    What sets a failed run apart is shown with that run alone: finished ones are called as if it weren't there.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for k, group in enumerate(groups):
+        members.setdefault(group, []).append(k)
+    telling: list[set[str]] = [set() for _ in rows]
+    for same in members.values():
+        finished = [rows[k] for k in same if records[k]["status"] == "finished"] or [rows[k] for k in same]
+        known = {_canonical(row) for row in finished}
+        among, with_failed = _varying(finished), _varying([rows[k] for k in same])
+        for k in same:
+            telling[k] = among if _canonical(rows[k]) in known else with_failed
+    return telling
 
 
 def _value(row: Row, key: str) -> str | None:

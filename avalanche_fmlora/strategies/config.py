@@ -122,7 +122,7 @@ def _explain(model: type[BaseModel], where: str, error: Any) -> str:
         named = f"`{'.'.join(path)}` =" if path else "got"
         return f"{where}: {named} {error['input']!r}: {said}."
     fields = list(_fields_at(model, path[:-1]))
-    near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.6)
     hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}."
     return f"{where} has no option `{'.'.join(path)}`: {hint}"
 

@@ -44,6 +44,8 @@ def draw(records: Iterable[Record], kinds: Iterable[str]) -> dict[str, Figure | 
         kinds: keys of :data:`KINDS`.
     """
     protocols = protocols_of(records)
+    with_results = {key: own for key, own in protocols.items() if any(r["status"] == "finished" for r in own)}
+    protocols = with_results or protocols
     benchmarks = [benchmark for benchmark, _, _ in protocols]
     figures: dict[str, Figure | str] = {}
     for kind in kinds:
