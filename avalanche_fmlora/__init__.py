@@ -36,12 +36,14 @@ _WHERE = {
     "domainnet_cil": "data.domainnet",
     "glyph_vit": "data.glyph_vit",
     "load_backbone": "backbones",
+    "BackboneConfig": "backbones",
     "compare": "comparison",
     "WeightsAndBiasesLogger": "loggers",
 }
 __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
+    from avalanche_fmlora.backbones import BackboneConfig as BackboneConfig
     from avalanche_fmlora.backbones import load_backbone as load_backbone
     from avalanche_fmlora.comparison import compare as compare
     from avalanche_fmlora.data.cifar100 import split_cifar100 as split_cifar100

@@ -192,6 +192,13 @@ def test_state_hash_sees_names_shapes_dtypes_and_values() -> None:
     assert state_sha256(base) == state_sha256({"b": base["b"], "a": torch.zeros(3, 2).t()})
 
 
+def test_a_name_alone_is_a_configuration() -> None:
+    backbone = load_backbone("glyph_vit")
+    assert backbone.sha256 == load_backbone(BackboneConfig(name="glyph_vit")).sha256
+    with pytest.raises(ValueError, match=r"did you mean glyph_vit"):
+        load_backbone("glyph-vit")
+
+
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(
         ValueError, match=r"got 'vit_smal_patch16_224.augreg_in21k': did you mean vit_small_patch16_224"

@@ -184,6 +184,8 @@ def test_a_run_that_cannot_start_leaves_no_record(photos: Path, tmp_path: Path) 
         (["run", "--image-size", "33"], "takes images of 32 px but got 33"),
         (["run", "fm_lore"], "did you mean 'fm_lora'"),
         (["run", "--epochs"], "--epochs needs a value"),
+        (["run", "--download"], "--download true"),
+        (["report", "afile"], "afile is a file: name its folder"),
         (["run", "--training.epochs", "many"], "training.epochs"),
         (["table", "nowhere"], "fmlora run"),
         (["run", "--config", "none.yaml"], "no configuration file"),
@@ -240,7 +242,31 @@ def test_a_run_on_a_cluster_has_the_gpu_that_it_computes_on(
 def test_list_names_methods_and_their_options() -> None:
     lines = CliRunner().invoke(main, ["list"]).stdout.splitlines()
     assert {"fm_lora", "seq_lora", "linear_probe", "ncm", "joint"} <= {line.split()[0] for line in lines if line}
-    assert "prompt_length = " in CliRunner().invoke(main, ["list", "fm_lora"]).stdout
+    shown = CliRunner().invoke(main, ["list", "fm_lora"]).stdout
+    for line in (
+        "classifier = class_mean  (linear | cosine | class_mean)",
+        "transport_samples = 0  (whole number)",
+        "clip_grad_norm = null  (number | null)",
+        "compile = false  (true | false)",
+        "targets = [q, v]  ([q | k | v | proj | fc1 | fc2, …])",
+        "core_step = 2/(t+1)  (number | 1/t | 2/(t+1))",
+        "rank_selection = {…}  ({…} | null)",
+        "rank_selection.sigma = 0.25  (number)",
+        "meta_prompt.epsilon = null  (number | null)",
+    ):
+        assert f"{line}\n    " in shown, "an option, and below it what it means"
+    assert max(map(len, shown.splitlines())) <= 112
+    data = CliRunner().invoke(main, ["list", "benchmarks"]).stdout
+    assert "benchmark.name = split_glyphs  (split_glyphs | domain_glyphs | " in data
+    assert "benchmark.download = false  (true | false)" in data
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_field_with_one_dash_is_refused(command: str) -> None:
+    done = CliRunner().invoke(main, [command, "-epochs", "3"])
+    assert done.exit_code == 2
+    assert "write --epochs in place of -epochs" in done.stderr
+    assert "Show this message and exit" in CliRunner().invoke(main, [command, "-h"]).stdout
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["run", "--epochs"], ["compare", "--rnak", "4"], ["table", "nowhere"]])

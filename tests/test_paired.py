@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,15 @@ def test_the_command_prints_differences_and_remarks(tmp_path: Path) -> None:
     assert (tmp_path / "paired.csv").read_text() == write_csvs(
         [*several(), make(method="l2p", order=0, error="x")], tmp_path / "b"
     )["paired"].read_text()
+
+
+def test_the_csv_has_the_reference_that_was_asked_for(tmp_path: Path) -> None:
+    for record in several():
+        write_record(record, tmp_path / "records")
+    arguments = ["table", str(tmp_path), "--csv-to", str(tmp_path / "csv"), "--paired"]
+    assert CliRunner().invoke(main, [*arguments, "ncm"]).exit_code == 0
+    with (tmp_path / "csv" / "paired.csv").open() as file:
+        assert {row["reference"] for row in csv.DictReader(file)} == {"ncm"}
+    wrong = CliRunner().invoke(main, ["table", str(tmp_path), "--csv-to", str(tmp_path / "none"), "--paired", "nobody"])
+    assert wrong.exit_code == 1
+    assert not (tmp_path / "none").exists(), "nothing half-written"

@@ -41,14 +41,14 @@ class Backbone:
     std: tuple[float, ...]
 
 
-def load_backbone(config: BackboneConfig) -> Backbone:
+def load_backbone(config: BackboneConfig | str) -> Backbone:
     """Build the ViT and load its weights; no code from a weights file is ever run.
 
     Random weights are drawn with a fixed seed, so a configuration always gives the same backbone, and torch's global
     generator is left as it was.
 
     Args:
-        config: what to load.
+        config: what to load; a name is ``BackboneConfig(name=...)``, a timm ViT with its own weights.
 
     Returns:
         The backbone.
@@ -58,6 +58,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         ValueError: if the name is unknown, ambiguous or no ViT, the file is torn or doesn't fit, or the image size is
             no multiple of the patch. The message names what was expected.
     """
+    config = BackboneConfig(name=config) if isinstance(config, str) else config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, tag = _embedded(config) if config.name == EMBEDDED else _from_timm(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,19 @@ Every field of the configuration is a flag: --benchmark, --path, --download, --n
 YAML: null, [0, 1].
 """
 FLEXIBLE: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class Flexible(click.Command):
+    """A command that takes any ``--field value``; ``-epochs`` is no field, and no ``-e -p -o -c -h`` either."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse words that lack a dash."""
+        for word in args:
+            if re.match(r"-[A-Za-z][\w.-]", word):
+                raise click.UsageError(f"Expected two dashes before a field: write -{word} in place of {word}.", ctx)
+        return super().parse_args(ctx, args)
+
+
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
@@ -74,7 +88,7 @@ def read_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         if not separator:
             following = next(words, None)
             if following is None or following.startswith("--"):
-                raise ValueError(f"--{name} needs a value: --{name} VALUE.")
+                raise ValueError(f"--{name} needs a value: --{name} VALUE, or --{name} true for what is switched on.")
             text = following
         flags.append((name.replace("-", "_"), read_value(text)))
     return flags

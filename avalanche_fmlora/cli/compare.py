@@ -15,6 +15,7 @@ from avalanche_fmlora.cli.common import (
     FLEXIBLE,
     OPTIONS_HELP,
     SHORT,
+    Flexible,
     messages,
     read_flags,
     read_list,
@@ -39,6 +40,7 @@ FAILED = (
 
 
 @click.command(
+    cls=Flexible,
     context_settings=FLEXIBLE,
     epilog=OPTIONS_HELP + "An option of one method only: --fm_lora.rank 16.",
     options_metavar="[OPTIONS] [--FIELD VALUE]...",

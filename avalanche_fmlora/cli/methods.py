@@ -1,21 +1,33 @@
-"""`fmlora list`: methods and their options, and backbones."""
+"""`fmlora list`: methods and their options, benchmarks, backbones."""
 
 from __future__ import annotations
 
 import logging
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
 from avalanche_fmlora.cli.common import messages, user_errors
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 
 @click.command("list")
-@click.argument("name", metavar="[METHOD | backbones]", required=False)
+@click.argument("name", metavar="[METHOD | benchmarks | backbones]", required=False)
 def list_(name: str | None) -> None:
-    """List methods, the options of METHOD, or the short names of backbones."""
+    """List methods, the options of METHOD, benchmarks with the options of data, or the short names of backbones."""
     with user_errors(), messages(logging.WARNING):
         if name == "backbones":
             _list_backbones()
+            return
+        if name == "benchmarks":
+            from avalanche_fmlora.data.config import BenchmarkConfig
+
+            _list_options(BenchmarkConfig, "benchmark.")
             return
         from avalanche_fmlora.strategies.registry import method, methods
 
@@ -23,8 +35,52 @@ def list_(name: str | None) -> None:
             for known, strategy in methods().items():
                 click.echo(f"{known:14} {strategy.summary} ({strategy.paper})")
             return
-        for option, field in method(name).config_class.model_fields.items():
-            click.echo(f"{option} = {field.default!r}\n    {field.description}")
+        _list_options(method(name).config_class)
+
+
+def _list_options(config: type[BaseModel], prefix: str = "") -> None:
+    """A line an option, with its default and what it can be, and below it what it means; those of a part after it."""
+    for option, field in config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        parts = [part for part in _kinds(field.annotation) if hasattr(part, "model_fields")]
+        kinds = " | ".join("{…}" if kind in parts else _kind(kind) for kind in _kinds(field.annotation))
+        click.echo(f"{prefix}{option} = {'{…}' if parts and default is not None else _yaml(default)}  ({kinds})")
+        click.echo(textwrap.indent(textwrap.fill(" ".join((field.description or "").split()), 108), "    "))
+        for part in parts:
+            _list_options(part, f"{prefix}{option}.")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a type, the values of a Literal among them: ``int | None`` -> int, NoneType."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for inner in get_args(annotation):
+            yield from _kinds(inner)
+    elif origin is Literal:
+        yield from get_args(annotation)
+    else:
+        yield annotation
+
+
+def _kind(kind: Any) -> str:
+    """A type or a value as one writes it in YAML."""
+    if get_origin(kind) in (tuple, list):
+        inner = [" | ".join(map(_kind, _kinds(part))) for part in get_args(kind) if part is not Ellipsis]
+        return f"[{', '.join(inner)}{', …' if Ellipsis in get_args(kind) or get_origin(kind) is list else ''}]"
+    if get_origin(kind) is dict or kind is dict:
+        return "{…}"
+    names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
+    return names.get(kind) or (kind.__name__.lower() if isinstance(kind, type) else _yaml(kind))
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value}"
 
 
 def _list_backbones() -> None:

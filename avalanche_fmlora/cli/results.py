@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def table(folder: Path | None, style: Any, csv_to: Path | None, reference: str | None) -> None:
     """Print the table of the records in FOLDER (default: runs): mean ± standard deviation (n).
 
-    In bold: better than every other method, each paired 95 % interval excluding zero. What keeps records from being
-    compared is said on standard error.
+    In bold: better than every other method, each paired 95 % interval excluding zero; with --paired, each difference
+    whose interval excludes zero. What keeps records from being compared is said on standard error.
     """
     with user_errors():
         from avalanche_fmlora.results.remarks import remarks
@@ -45,7 +45,7 @@ def table(folder: Path | None, style: Any, csv_to: Path | None, reference: str |
             folder, reference = Path(reference), ""
         records = read_folder(folder or Path("runs"))
         if csv_to is not None:
-            write_csvs(records, csv_to)
+            write_csvs(records, csv_to, reference or None)
         if reference is None:
             text = render(summary_rows(records), style)
         else:

@@ -11,6 +11,7 @@ from avalanche_fmlora.cli.common import (
     FLEXIBLE,
     OPTIONS_HELP,
     SHORT,
+    Flexible,
     messages,
     read_flags,
     running_options,
@@ -19,7 +20,12 @@ from avalanche_fmlora.cli.common import (
 )
 
 
-@click.command(context_settings=FLEXIBLE, epilog=OPTIONS_HELP, options_metavar="[METHOD] [OPTIONS] [--FIELD VALUE]...")
+@click.command(
+    cls=Flexible,
+    context_settings=FLEXIBLE,
+    epilog=OPTIONS_HELP,
+    options_metavar="[METHOD] [OPTIONS] [--FIELD VALUE]...",
+)
 @running_options
 @click.pass_context
 def run(

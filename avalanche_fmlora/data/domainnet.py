@@ -169,7 +169,7 @@ def domainnet_cil(
 ) -> Any:
     """345 classes, of all six domains together, in `n_experiences` of equal size, class-incremental.
 
-    Args, result and errors are those of :func:`domainnet`, except for:
+    Result and errors are those of :func:`domainnet`.
 
     Args:
         path: as there.

@@ -20,6 +20,9 @@ class MetaPromptPlugin(SupervisedPlugin):
         anchor_weight: λ_prompt of ‖P − P_{t−1}‖² in the loss.
         epsilon: of the Reptile step; None means 1/t in experience t (counted from 1).
         fit_share: share of the epochs, at the end, in which the prompt rests.
+
+    Attributes:
+        drift: after each experience, how far the prompt has come from where the experience found it, ‖P − P_{t−1}‖.
     """
 
     def __init__(

@@ -161,11 +161,14 @@ def read_records(folder: str | Path) -> list[Record]:
 
     Raises:
         FileNotFoundError: if there is no record.
+        NotADirectoryError: if it is a file.
         ValueError: if one can't be read (see :func:`read_record`) or if two files hold the same run.
     """
     paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
     if not paths:
-        missing = "it does not exist" if not Path(folder).is_dir() else "it holds no *.json"
+        if Path(folder).is_file():
+            raise NotADirectoryError(f"Expected a folder of result records but {folder} is a file: name its folder.")
+        missing = "it holds no *.json" if Path(folder).is_dir() else "it does not exist"
         raise FileNotFoundError(
             f"Expected result records in {folder} but {missing}: `fmlora run` or `fmlora compare` makes them."
         )

@@ -25,6 +25,7 @@ CAPTIONS = {
     "forgetting": "Forgetting over the experiences, and at the end with its standard deviation.",
     "rank": "Rank chosen for each experience, and against the complexity and similarity it was chosen by.",
     "params": "Final average accuracy against the parameters stored besides backbone and head.",
+    "trained": "Final average accuracy against the parameters trained an experience within the rank, without the head.",
     "cost": "Final average accuracy against training time, on the machines below.",
 }
 
@@ -92,7 +93,7 @@ def _section(name: str, identity: str, protocol: str, records: list[Record], ref
         paired = paired_rows(records, reference)
     except ValueError:  # the reference is a method of another protocol
         paired = paired_rows(records)
-    kinds = [kind for kind in CAPTIONS if len(names) > 1 or kind not in ("params", "cost")]
+    kinds = [kind for kind in CAPTIONS if len(names) > 1 or kind not in ("params", "trained", "cost")]
     return Section(
         name,
         f"{protocol} ({identity})" if protocol else "",

@@ -82,10 +82,18 @@ def paired_frame(records: Iterable[Record], reference: str | None = None) -> pd.
     return _frame(paired_rows(records, reference), PAIRED_COLUMNS)
 
 
-def write_csvs(records: Iterable[Record], folder: str | Path) -> dict[str, Path]:
+def write_csvs(records: Iterable[Record], folder: str | Path, reference: str | None = None) -> dict[str, Path]:
     """Write ``runs.csv``, ``matrix.csv``, ``ranks.csv``, ``summary.csv`` and ``paired.csv``, each atomically.
 
     Missing values are empty.
+
+    Args:
+        records: runs of any benchmarks and protocols.
+        folder: where to.
+        reference: what paired differences are from, as in :func:`paired_rows`.
+
+    Raises:
+        ValueError: if no method is called `reference`; nothing is written then.
 
     Returns:
         The path of each, under ``"runs"``, ``"matrix"``, ``"ranks"``, ``"summary"`` and ``"paired"``.
@@ -96,7 +104,7 @@ def write_csvs(records: Iterable[Record], folder: str | Path) -> dict[str, Path]
         "matrix": (MATRIX_COLUMNS, matrix_rows(records)),
         "ranks": (RANK_COLUMNS, ranks_rows(records)),
         "summary": (SUMMARY_COLUMNS, summary_rows(records)),
-        "paired": (PAIRED_COLUMNS, paired_rows(records)),
+        "paired": (PAIRED_COLUMNS, paired_rows(records, reference)),
     }
     return {
         name: write_atomically(Path(folder) / f"{name}.csv", csv_text([columns, *(row.values() for row in rows)]))

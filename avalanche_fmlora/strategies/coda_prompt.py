@@ -250,7 +250,9 @@ class CODAPromptPool(PromptPool):
 
 @register
 class CODAPromptStrategy(PromptStrategy):
-    """CODA-Prompt for a timm ViT; arguments of the frame in :class:`ContinualStrategy`.
+    """CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218) for a timm ViT.
+
+    Options are the fields of :class:`CODAPromptConfig`, arguments of the frame in :class:`ContinualStrategy`.
 
     >>> import timm
     >>> vit = timm.create_model("test_vit", num_classes=0)

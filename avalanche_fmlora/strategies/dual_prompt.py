@@ -199,7 +199,9 @@ class DualPromptPool(PromptPool):
 
 @register
 class DualPromptStrategy(PromptStrategy):
-    """DualPrompt for a timm ViT; arguments of the frame in :class:`ContinualStrategy`.
+    """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799) for a timm ViT.
+
+    Options are the fields of :class:`DualPromptConfig`, arguments of the frame in :class:`ContinualStrategy`.
 
     >>> import timm
     >>> vit = timm.create_model("test_vit", num_classes=0)

@@ -135,8 +135,9 @@ FM_LORA_CLASSIFIER: dict[str, Any] = {
 
 @register
 class FMLoRAStrategy(ContinualStrategy):
-    """FM-LoRA for a timm ViT in any Avalanche pipeline; arguments of the frame in :class:`ContinualStrategy`.
+    """FM-LoRA (Yu et al., CVPRW 2025, arXiv 2504.08823) for a timm ViT in any Avalanche pipeline.
 
+    Options are the fields of :class:`FMLoRAConfig`, arguments of the frame in :class:`ContinualStrategy`.
     `rank_selection` and `meta_prompt` also take a plugin in the place of a configuration. Stored after any number of
     experiences: bases, one core a map, one prompt, and of each class its row and the row whitened for prediction. Where
     classes recur, `recurring_rows="per_experience"` keeps a mean and a whitened row for each experience of a class: the

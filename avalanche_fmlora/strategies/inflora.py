@@ -201,8 +201,10 @@ class InfLoRAConfig(MethodConfig):
 
 @register
 class InfLoRAStrategy(ContinualStrategy):
-    """InfLoRA; one forward pass an image, two further passes over an experience's images for A_t and the memory.
+    """InfLoRA (Liang and Li, CVPR 2024, arXiv 2404.00228) for a timm ViT.
 
+    One forward pass an image, two further passes over an experience's images for A_t and the memory. Options are the
+    fields of :class:`InfLoRAConfig`, arguments of the frame in :class:`ContinualStrategy`.
     `stored_parameters` counts the factors, which grow with the experiences; DualGPM's bases are counted apart, in
     `stored_statistics`: training needs them, prediction does not.
 

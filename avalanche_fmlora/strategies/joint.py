@@ -25,7 +25,10 @@ class JointConfig(SeqLoRAConfig):
 
 @register
 class JointStrategy(SeqLoRAStrategy):
-    """Trains once, on the whole stream: ``strategy.train(benchmark.train_stream)``."""
+    """Trains once, on the whole stream: ``strategy.train(benchmark.train_stream)``.
+
+    Options are the fields of :class:`JointConfig`, arguments of the frame in :class:`ContinualStrategy`.
+    """
 
     method: ClassVar[str] = "joint"
     summary: ClassVar[str] = "LoRA on all experiences at once (upper bound)"

@@ -151,7 +151,9 @@ class L2PNetwork(PromptedNetwork):
 
 @register
 class L2PStrategy(PromptStrategy):
-    """L2P for a timm ViT; arguments of the frame in :class:`ContinualStrategy`.
+    """L2P (Wang et al., CVPR 2022, arXiv 2112.08654) for a timm ViT.
+
+    Options are the fields of :class:`L2PConfig`, arguments of the frame in :class:`ContinualStrategy`.
 
     >>> import timm
     >>> vit = timm.create_model("test_vit", num_classes=0)

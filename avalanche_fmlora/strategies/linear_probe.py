@@ -15,7 +15,7 @@ class LinearProbeConfig(MethodConfig):
 
 @register
 class LinearProbeStrategy(ContinualStrategy):
-    """Only the head trains."""
+    """Only the head trains: options are the fields of :class:`LinearProbeConfig`."""
 
     method: ClassVar[str] = "linear_probe"
     summary: ClassVar[str] = "frozen features, trained head"

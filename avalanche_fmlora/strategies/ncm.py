@@ -26,7 +26,10 @@ class NCMConfig(MethodConfig):
 
 @register
 class NCMStrategy(ContinualStrategy):
-    """Cosine to the means of the normalised frozen features; one pass over the training images, no epochs."""
+    """Cosine to the means of the normalised frozen features; one pass over the training images, no epochs.
+
+    Options are the fields of :class:`NCMConfig`; the source is Zhou et al., arXiv 2303.07338 (SimpleCIL).
+    """
 
     method: ClassVar[str] = "ncm"
     summary: ClassVar[str] = "class means of frozen features"

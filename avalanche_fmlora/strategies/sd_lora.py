@@ -223,8 +223,10 @@ class SDLoRAConfig(MethodConfig):
 
 @register
 class SDLoRAStrategy(ContinualStrategy):
-    """SD-LoRA; one forward pass an image. The stored factors grow with every experience.
+    """SD-LoRA (Wu et al., ICLR 2025, arXiv 2501.13198) for a timm ViT.
 
+    One forward pass an image; the stored factors grow with every experience. Options are the fields of
+    :class:`SDLoRAConfig`, arguments of the frame in :class:`ContinualStrategy`.
     When an experience begins, the features change before any training: magnitudes start again and the latest update is
     normalised, as published.
 

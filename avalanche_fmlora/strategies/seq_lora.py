@@ -31,7 +31,10 @@ class SeqLoRAConfig(MethodConfig):
 
 @register
 class SeqLoRAStrategy(ContinualStrategy):
-    """Sequential fine-tuning of one LoRA."""
+    """Sequential fine-tuning of one LoRA (Hu et al., arXiv 2106.09685), with nothing against forgetting.
+
+    Options are the fields of :class:`SeqLoRAConfig`, arguments of the frame in :class:`ContinualStrategy`.
+    """
 
     method: ClassVar[str] = "seq_lora"
     summary: ClassVar[str] = "one LoRA, trained on and on"
