@@ -172,7 +172,11 @@ def test_many_points_have_numbers_that_a_legend_below_explains() -> None:
     handles = {name.split()[0]: handle.get_color() for name, handle in zip(names, legend.legend_handles, strict=True)}  # type: ignore[union-attr]
     assert by_colour == handles
     assert legend.get_window_extent().y1 < axes.get_window_extent().y0
-    assert not accuracy_against_cost(close(10)).legends
+    few = accuracy_against_cost(close(10))
+    few.draw_without_rendering()
+    assert not few.legends
+    heights = [a.get_window_extent().height for a in (axes, few.axes[0])]
+    assert heights[0] > 0.9 * heights[1], "the figure grows, the panel does not shrink"
 
 
 def test_trained_parameters_of_old_records_are_all_trainable_ones() -> None:
@@ -303,6 +307,7 @@ def test_draw_makes_a_figure_for_each_protocol() -> None:
     names = list(draw(mixed, ["accuracy"]))
     assert [name.rsplit("-", 1)[0] for name in names] == ["accuracy", "accuracy-glyphs", "accuracy-glyphs"]
     assert list(draw([make()], ["accuracy", "cost"])) == ["accuracy", "cost"]
+    assert "Expected finished records" in str(draw([make(error="boom")], ["accuracy"])["accuracy"])
     made = make(method="ncm")
     made["experiences"] = [{**row, "rank": None} for row in made["experiences"]]
     assert "choose a rank" in str(draw([made], ["rank"])["rank"])
