@@ -106,7 +106,11 @@ def instead_of(name: str, *methods: str) -> str:
     near = difflib.get_close_matches(name, sorted({*RunConfig.model_fields, *PARTS, *own}), n=1, cutoff=0.7)
     if near and near[0] not in {*RunConfig.model_fields, *own}:
         return f"did you mean `{near[0]}` of `{PARTS[near[0]]}`?"
-    return f"did you mean `{near[0]}`?" if near else f"`fmlora list {methods[0]}` shows the method's options."
+    return (
+        f"did you mean `{near[0]}`?"
+        if near
+        else f"`fmlora list {methods[0] if len(methods) == 1 else 'METHOD'}` shows the method's options."
+    )
 
 
 def make_run(options: dict[str, Any]) -> RunConfig:

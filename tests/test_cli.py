@@ -153,7 +153,10 @@ def test_a_failed_run_is_kept_with_its_error_and_the_others_go_on(photos: Path, 
     done = fmlora(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "Expected a `rank` between" in done.stderr
-    assert "Failed runs keep their error until the same command is given with --retry-failed." in done.stderr
+    assert done.stderr.endswith(
+        "Failed runs keep their error until the same command is given with --retry-failed. "
+        "The record of one that is not wanted any more can be deleted.\n"
+    )
     (failed,) = (tmp_path / "runs" / "records").glob("seq_lora*.json")
     assert f"(record {failed.name})" in done.stderr, "to be deleted by who has no use for it"
     states = {p.name.split("-")[0]: json.loads(p.read_text()) for p in (tmp_path / "runs" / "records").glob("*.json")}
@@ -180,6 +183,7 @@ def test_a_run_that_cannot_start_leaves_no_record(photos: Path, tmp_path: Path) 
         (["run", "--batchsize", "4"], "did you mean `batch_size` of `training`"),
         (["run", "--seeds", "[0, 1]"], "a run has one `seed`, several are for `fmlora compare`"),
         (["run", "--lr", "4"], "`fmlora list fm_lora` shows the method's options"),
+        (["compare", "--methods", "ncm,l2p", "--lr", "4"], "`fmlora list METHOD` shows the method's options"),
         (["compare", "--imagesize", "32"], "did you mean `image_size` of `backbone`"),
         (["run", "--image-size", "33"], "takes images of 32 px but got 33"),
         (["run", "fm_lore"], "did you mean 'fm_lora'"),

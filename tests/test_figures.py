@@ -114,7 +114,7 @@ def test_ranks_against_what_they_were_chosen_by() -> None:
         row["complexity"] = None
     figure = rank([made, other])
     over, complexity, similarity = figure.axes
-    assert lines(over)["None"] == [8.0, 16.0]
+    assert lines(over) == {"None": [8.0, 16.0], "o": []}, "the mark alone is for the legend"
     assert not figure.legends, "a fixed rank is not chosen"
     assert np.asarray(complexity.collections[0].get_offsets()).tolist() == [[0.3, 8], [0.6, 16]]
     assert np.asarray(similarity.collections[0].get_offsets()).tolist() == [[0.1, 8]]

@@ -76,11 +76,11 @@ def _kind(kind: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_yaml, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value}"
+    """On one line, without the end mark that YAML puts after a single value."""
+    import yaml
+
+    plain = list(value) if isinstance(value, tuple) else value
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).splitlines()[0]
 
 
 def _list_backbones() -> None:

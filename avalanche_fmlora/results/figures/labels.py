@@ -75,7 +75,9 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
         return
     texts = [wrapped(p.name) for p in points]
     if len(points) > MOST_NAMED:
-        texts = _numbered(axes, points)
+        points = sorted(points, key=lambda p: -p.y)
+        texts = [f"{number}" for number in range(1, len(points) + 1)]
+        _legend_below(axes.figure, points)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     textalloc.allocate(
         axes,
@@ -97,19 +99,15 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
     )
 
 
-def _numbered(axes: Axes, points: Sequence[Point]) -> list[str]:
-    """A number for each point, the highest first, and a legend of what they stand for below the figure."""
+def _legend_below(figure: Any, points: Sequence[Point]) -> None:
+    """What the numbers of points, which count from 1, stand for."""
     from matplotlib.lines import Line2D
 
-    order = sorted(range(len(points)), key=lambda k: -points[k].y)
-    number = {k: f"{n}" for n, k in enumerate(order, 1)}
     handles = [
-        Line2D([], [], linestyle="none", marker=p.marker, color=p.colour, mfc=p.face, label=f"{number[k]}  {p.name}")
-        for k, p in ((k, points[k]) for k in order)
+        Line2D([], [], linestyle="none", marker=p.marker, color=p.colour, mfc=p.face, label=f"{number}  {p.name}")
+        for number, p in enumerate(points, 1)
     ]
-    figure: Any = axes.figure
     figure.legend(handles=handles, loc="outside lower center", ncols=1, fontsize=6.5, frameon=False, labelspacing=0.2)
-    return [number[k] for k in range(len(points))]
 
 
 def names_height_in(names: Sequence[str]) -> float:
