@@ -289,11 +289,16 @@ def _telling(records: Sequence[Record], rows: Sequence[Row], groups: Sequence[Ha
         members.setdefault(group, []).append(k)
     telling: list[set[str]] = [set() for _ in rows]
     for same in members.values():
-        finished = [rows[k] for k in same if records[k]["status"] == "finished"] or [rows[k] for k in same]
-        known = {_canonical(row) for row in finished}
-        among, with_failed = _varying(finished), _varying([rows[k] for k in same])
+        finished = [k for k in same if records[k]["status"] == "finished"] or same
+        among = _varying([rows[k] for k in finished])
         for k in same:
-            telling[k] = among if _canonical(rows[k]) in known else with_failed
+            telling[k] = among
+        if len(finished) == len(same):
+            continue
+        known, with_failed = {_canonical(rows[k]) for k in finished}, _varying([rows[k] for k in same])
+        for k in same:
+            if _canonical(rows[k]) not in known:
+                telling[k] = with_failed
     return telling
 
 
