@@ -27,7 +27,7 @@ HEADER = [
     "head of each",
     "FM-LoRA",
     "best other",
-    "Δ FAA",
+    "Δ FAA [points]",
     "higher FAA than",
     "forgets less than",
     "joint",

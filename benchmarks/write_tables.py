@@ -89,7 +89,8 @@ def changes(folder: str) -> str:
         trained.setdefault(record["config"]["label"], []).append(trained_an_experience(record))
         later = [e["rank"] for e in record["experiences"][1:] if e["rank"] is not None]
         ranks.setdefault(record["config"]["label"], []).extend(later)
-    header = ["label", "FAA", "Δ FAA", "forgetting", "learning accuracy", "mean rank", "trained a task", "stored"]
+    header = ["label", "FAA", "Δ FAA [points]", "forgetting", "learning accuracy", "mean rank"]
+    header += ["trained a task", "stored"]
     rows = []
     for row in summary_rows(records):
         label = row["label"]

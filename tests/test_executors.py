@@ -83,11 +83,7 @@ def test_every_task_once(name: str, tmp_path: Path) -> None:
     jobs = {"jobs": 2} if name == "processes" else {}
     work = {str(seed): partial(tasks.at_once, seed) for seed in range(3)}
     found = outcomes(executor(name, tmp_path, threads=1, **jobs), work)
-    assert {key: r["seeds"]["seed"] for key, r in found.items() if not isinstance(r, RunLost)} == {
-        "0": 0,
-        "1": 1,
-        "2": 2,
-    }
+    assert seeds_of(found) == {"0": 0, "1": 1, "2": 2}
     assert {r["environment"]["threads"] for r in found.values() if not isinstance(r, RunLost)} == {1}
     with pytest.raises(ArithmeticError, match="a mistake"):
         outcomes(executor(name, tmp_path), {"x": tasks.breaks_down})
@@ -105,11 +101,7 @@ def killed_workers(name: str, folder: Path) -> None:
     senders[1].times = 0
     lost = found.pop("always")
     assert isinstance(lost, RunLost)
-    assert {key: r["seeds"]["seed"] for key, r in found.items() if not isinstance(r, RunLost)} == {
-        "once": 2,
-        "3": 3,
-        "4": 4,
-    }
+    assert seeds_of(found) == {"once": 2, "3": 3, "4": 4}
     assert len(once.read_text().split()) == 2
     assert len(set(always.read_text().split())) == {"processes": 2, "ray": 3}[name]
 

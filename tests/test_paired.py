@@ -167,7 +167,7 @@ def test_the_reference_is_found_by_method_label_or_both() -> None:
 
 def test_render_paired() -> None:
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in render_paired(paired_rows(several())).splitlines()]
-    assert cells[0][:5] == ["benchmark", "reference", "method", "Δ FAA", "Δ pooled"]
+    assert cells[0][:5] == ["benchmark", "reference", "method", "Δ FAA [points]", "Δ pooled [points]"]
     assert cells[2][:4] == ["glyphs", "fm_lora", "ncm", "**+10.0 [10.0, 10.0]** (3)"]
     assert cells[3][3] == "**+5.0 [3.8, 6.2]** (3)"
     assert cells[3][-1] == "+0.0 [0.0, 0.0] (3)"

@@ -111,10 +111,10 @@ def paired_table(paired: Rows, digits: int = 1) -> Table:
     for k, name in enumerate(names[:5]):
         columns[name] = [Cell(group[k] or "") for group in groups]
     for metric, header in HEADERS.items():
-        columns[f"Δ {header}"] = [difference(rows[metric], digits) for rows in groups.values()]
+        columns[f"Δ {header} [points]"] = [difference(rows[metric], digits) for rows in groups.values()]
     columns["note"] = [Cell(group[-1] or "") for group in groups]
-    if [c[:2] for c in columns["Δ FAA"]] == [c[:2] for c in columns["Δ pooled"]]:
-        del columns["Δ pooled"]
+    if [c[:2] for c in columns["Δ FAA [points]"]] == [c[:2] for c in columns["Δ pooled [points]"]]:
+        del columns["Δ pooled [points]"]
     return _table(columns, [group[5] for group in groups], ("protocol", "label", "note"))
 
 
