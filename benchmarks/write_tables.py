@@ -41,6 +41,7 @@ LABELS = {
 USUAL = {"epochs": 5, "batch_size": 32}
 RATES = ("lr_lora", "lr_prompt")
 SAID_IN_THE_TEXT = ("seed", "precision", "rank_selection")
+POOLINGS = {"model": "the class token", "token_and_mean": "token and mean", "multi_layer": "four blocks"}
 COVARIANCES = {"current": "current covariance", "secant": "remembered covariance", "running": "covariance kept"}
 SHOWN = (
     ("caltech100", FAA),
@@ -136,11 +137,11 @@ def setting(record: Record) -> str:
     ours = config["method"] == "fm_lora"
     parts = []
     if ours:
-        parts += ["class token"] if own["pooling"] == "model" else []
+        parts += [POOLINGS[own["pooling"]].removeprefix("the ")] if own["pooling"] != defaults["pooling"] else []
     elif own["whitening"] is not None:
         parts.append(_head(own, all_at_once=config["method"] == "joint"))
     elif own["pooling"] != defaults["pooling"]:
-        parts.append("token and mean")
+        parts.append(POOLINGS[own["pooling"]])
     for key, value in sorted(own.items(), key=lambda item: item[0] not in RATES):
         if key in FM_LORA_CLASSIFIER or key in SAID_IN_THE_TEXT:
             continue
@@ -165,7 +166,7 @@ def _shown(value: Any) -> str:
 
 def _head(own: dict[str, Any], all_at_once: bool) -> str:
     """FM-LoRA's head, and what is not its own; where all data come at once, covariances are one and the same."""
-    where = "" if own["pooling"] == FM_LORA_CLASSIFIER["pooling"] else " on the class token"
+    where = "" if own["pooling"] == FM_LORA_CLASSIFIER["pooling"] else f" on {POOLINGS[own['pooling']]}"
     same = all_at_once or (not where and own["whitening_covariance"] == FM_LORA_CLASSIFIER["whitening_covariance"])
     return f"FM-LoRA's head{where}" + ("" if same else f", {COVARIANCES[own['whitening_covariance']]}")
 

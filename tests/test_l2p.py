@@ -125,6 +125,19 @@ def test_the_mean_of_the_patches_stands_beside_that_of_the_prompts(make_vit: Any
             torch.testing.assert_close(half, expected / expected.square().mean().sqrt(), rtol=1e-7, atol=1e-7)
 
 
+def test_multi_layer_reads_prompts_and_patches_of_each_block(make_vit: Any, photos: Tensor) -> None:
+    """Twin: the model cut off behind each of its two blocks."""
+    strategy = build(make_vit, pooling="multi_layer")
+    model, prompts = strategy.model.eval(), strategy.model.pool(strategy.model.query(photos))
+    whole = model.features(photos)
+    model.pooling, blocks = "token_and_mean", model.vit.blocks
+    expected = []
+    for depth in (1, 2):
+        model.vit.blocks = blocks[:depth]
+        expected.append(model.prompted_features(photos, prompts))
+    assert torch.equal(whole, torch.cat(expected, -1))
+
+
 @pytest.mark.parametrize("vit", [{"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}])
 def test_without_a_class_position_nothing_is_added(make_vit: Any, photos: Tensor, vit: dict[str, Any]) -> None:
     with_position, without = (build(make_vit, vit, prompt_position=p) for p in ("cls", "none"))

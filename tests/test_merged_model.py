@@ -68,6 +68,14 @@ def test_merged_model_loads_where_this_package_is_missing(
     assert done.returncode == 0, done.stderr
 
 
+def test_features_of_several_blocks_are_refused(make_vit: Callable[..., Any]) -> None:
+    network = random_network(make_vit(), prompt=2, cosine=True, pooling="multi_layer")
+    with pytest.raises(ValueError, match=r"reads the last 2: use `strategy\.model\(images\)`.*'token_and_mean'"):
+        merged_vit(network)
+    siglip = random_network(make_vit(**KINDS["map_siglip"]), prompt=0, cosine=True, pooling="multi_layer")
+    assert merged_vit(siglip).num_features == siglip.head.dim
+
+
 @pytest.mark.parametrize("pooling", ["model", "token_and_mean"])
 def test_merged_model_can_be_adapted_again_and_keeps_its_features(
     make_vit: Callable[..., Any], images: Tensor, pooling: Pooling

@@ -49,6 +49,36 @@ def test_token_and_mean_are_the_two_halves_at_equal_scale(vit: Any, images: Tens
     torch.testing.assert_close(wide, torch.cat(halves, -1), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_multi_layer_is_token_and_mean_of_each_block(vit: Any, images: Tensor, tokens: int) -> None:
+    """Twin: the model cut off behind each of its blocks."""
+    x, depth = images.double(), len(vit.blocks)
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randn(tokens, vit.embed_dim, generator=generator, dtype=torch.float64) if tokens else None
+    whole = forward_features(vit, x, prompt, pooling="multi_layer")
+    last = forward_features(vit, x, prompt, pooling="token_and_mean")
+    assert whole.shape == (5, feature_dim(vit, "multi_layer"))
+    if last.shape[-1] == feature_dim(vit):
+        assert torch.equal(whole, last)
+        return
+    expected = []
+    for count in range(1, depth + 1):
+        cut = copy.deepcopy(vit)
+        cut.blocks = cut.blocks[:count]
+        expected.append(forward_features(cut, x, prompt, pooling="token_and_mean"))
+    assert torch.equal(whole, torch.cat(expected, -1))
+
+
+def test_multi_layer_reads_the_last_four_blocks(make_vit: Callable[..., Any], images: Tensor) -> None:
+    vit = make_vit(depth=6).eval()
+    wide = forward_features(vit, images, pooling="multi_layer")
+    assert wide.shape[-1] == feature_dim(vit, "multi_layer") == 8 * vit.embed_dim
+    assert torch.equal(wide[:, -2 * vit.embed_dim :], forward_features(vit, images, pooling="token_and_mean"))
+    vit.blocks = vit.blocks[:3]
+    third = forward_features(vit, images, pooling="token_and_mean")
+    assert torch.equal(wide[:, : 2 * vit.embed_dim], third)
+
+
 def test_prompt_tokens_stand_between_prefix_and_patches(vit: Any, images: Tensor) -> None:
     """Twin: the steps of the model one by one; tokens join after positions and are taken out before pooling."""
     prompt = torch.randn(3, vit.embed_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

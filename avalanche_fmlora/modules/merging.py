@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear
 from avalanche_fmlora.modules.head import UNSEEN_LOGIT, IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.modules.vit import TimmViT, pooling_complement, pools_prefix
+from avalanche_fmlora.modules.vit import TimmViT, pooled_blocks, pooling_complement, pools_prefix
 
 
 @torch.no_grad()
@@ -32,7 +32,8 @@ def merged_vit(network: ContinualNetwork) -> TimmViT:
         network: with any of low-rank updates and prompt.
 
     Raises:
-        ValueError: if a subclass calculates its features in another way, which no plain ViT can.
+        ValueError: if a subclass calculates its features in another way, or they are those of several blocks, which no
+            plain ViT can.
     """
     if not network.has_plain_features:
         raise ValueError(
@@ -40,6 +41,12 @@ def merged_vit(network: ContinualNetwork) -> TimmViT:
             "which a plain timm model can't hold: use `strategy.model(images)`, and `strategy.save(path)` to keep it."
         )
     vit = network.vit
+    if (count := pooled_blocks(vit, network.pooling)) > 1:
+        raise ValueError(
+            f"Expected features of the last block, which a plain timm model pools, but {network.pooling!r} reads the "
+            f"last {count}: use `strategy.model(images)`, and `strategy.save(path)` to keep it, or train with "
+            "pooling='token_and_mean'."
+        )
     dtype = next(vit.parameters()).dtype
     merged: Any = copy.deepcopy(vit)
     for name, layer in vit.named_modules():

@@ -25,11 +25,13 @@ from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
 TimmViT: TypeAlias = VisionTransformer | Eva
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
-Pooling = Literal["model", "token_and_mean"]
+Pooling = Literal["model", "token_and_mean", "multi_layer"]
 
 _PATHS = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 _OF_THREE = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}
 """Where queries, keys and values have maps of their own."""
+_LAYERS = 4
+"""Last blocks that `multi_layer` reads."""
 
 
 def check_vit(model: Any) -> TimmViT:
@@ -86,6 +88,22 @@ def forward_tokens(
     Raises:
         ValueError: for images that the model can't embed, see :func:`~avalanche_fmlora.modules.images.check_images`.
     """
+    return last_tokens(vit, images, prompt, prefixes)[-1]
+
+
+def last_tokens(
+    vit: TimmViT,
+    images: Tensor,
+    prompt: Tensor | None = None,
+    prefixes: Prefixes | None = None,
+    pooling: Pooling = "model",
+) -> list[tuple[Tensor, Tensor | None]]:
+    """What :func:`forward_tokens` returns, for each block that features are made of: see :func:`pooled_blocks`.
+
+    Every block's outputs go through the final norm; the last block's are last.
+    """
+    first = len(vit.blocks) - pooled_blocks(vit, pooling)
+    outputs: list[Tensor] = []
     with prefixed(vit, prefixes or {}):
         x, rotations = _embedded(vit, images)
         if prompt is not None:
@@ -95,10 +113,11 @@ def forward_tokens(
         own = rotations if getattr(vit, "rope_mixed", False) else None  # then each block has its own positions
         for i, block in enumerate(vit.blocks):
             x = _through(vit, block, x, rotations if own is None else own[i])
-        x = vit.norm(x)
+            if i >= first:
+                outputs.append(vit.norm(x))
     if prompt is None:
-        return x, None
-    return remove_tokens(x, prompt.shape[-2], vit.num_prefix_tokens)
+        return [(tokens, None) for tokens in outputs]
+    return [remove_tokens(tokens, prompt.shape[-2], vit.num_prefix_tokens) for tokens in outputs]
 
 
 def _embedded(vit: TimmViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -140,15 +159,27 @@ def forward_features(
         images: shape [B, 3, H, W].
         prompt: as in :func:`forward_tokens`.
         prefixes: as there.
-        pooling: `model`: pooled features [B, D]; `token_and_mean`: see :func:`with_complement`, [B, 2D].
+        pooling: `model`: pooled features [B, D]; `token_and_mean`: see :func:`with_complement`, [B, 2D];
+            `multi_layer`: those of each of the last four blocks, [B, 8D] (arXiv 2304.07193, 2312.08888).
     """
-    tokens, prompt_tokens = forward_tokens(vit, images, prompt, prefixes)
-    pooled = tokens
+    layers = last_tokens(vit, images, prompt, prefixes, pooling)
     counted = isinstance(vit.attn_pool, nn.Sequential)  # a merged model's, for which each token has its place
-    if prompt_tokens is not None and pools_prefix(vit) and not counted:
-        pooled = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
-    features: Tensor = vit.forward_head(pooled, pre_logits=True)
-    return features if pooling == "model" else with_complement(vit, features, tokens)
+    parts = []
+    for tokens, prompt_tokens in layers:
+        pooled = tokens
+        if prompt_tokens is not None and pools_prefix(vit) and not counted:
+            pooled = insert_tokens(tokens, prompt_tokens, vit.num_prefix_tokens)
+        features = vit.forward_head(pooled, pre_logits=True)
+        parts.append(features if pooling == "model" else with_complement(vit, features, tokens))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def pooled_blocks(vit: TimmViT, pooling: Pooling) -> int:
+    """How many of the last blocks the features are made of: more than one with `multi_layer` alone.
+
+    One also where the pooling leaves nothing out that could stand beside it, see :func:`pooling_complement`.
+    """
+    return 1 if pooling != "multi_layer" or pooling_complement(vit) is None else min(_LAYERS, len(vit.blocks))
 
 
 def pools_prefix(vit: TimmViT) -> bool:
@@ -193,8 +224,8 @@ def with_complement(vit: TimmViT, features: Tensor, tokens: Tensor) -> Tensor:
 
 def feature_dim(vit: TimmViT, pooling: Pooling = "model") -> int:
     """Width of the features."""
-    doubled = vit.global_pool == "avgmax_cat" or (pooling == "token_and_mean" and pooling_complement(vit) is not None)
-    return int(vit.num_features) * (2 if doubled else 1)
+    doubled = vit.global_pool == "avgmax_cat" or (pooling != "model" and pooling_complement(vit) is not None)
+    return int(vit.num_features) * (2 if doubled else 1) * pooled_blocks(vit, pooling)
 
 
 def adapt_linears(

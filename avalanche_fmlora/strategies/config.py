@@ -34,8 +34,9 @@ class MethodConfig(StrictModel):
     classifier: Structural[Classifier] = "linear"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
     pooling: Structural[Pooling] = "model"
-    """What the classifier reads: the features that the model's own head would get, or class token and mean of the patch
-    tokens side by side (`token_and_mean`; twice as wide; of models that have and pool neither: `model`)."""
+    """What the classifier reads: the features that the model's own head would get, class token and mean of the patch
+    tokens side by side (`token_and_mean`; twice as wide), or both of each of the last four blocks (`multi_layer`; eight
+    times as wide); of models that have and pool neither: `model`."""
     logit_scale: Structural[float] = Field(16.0, gt=0)
     """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
     row_transport: bool = False

@@ -98,8 +98,9 @@ class FMLoRAConfig(MethodConfig):
     classifier: Classifier = "class_mean"
     """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
     pooling: Structural[Pooling] = "token_and_mean"
-    """What the classifier reads: the features that the model's own head would get, or class token and mean of the patch
-    tokens side by side (`token_and_mean`; twice as wide; of models that have and pool neither: `model`)."""
+    """What the classifier reads: the features that the model's own head would get, class token and mean of the patch
+    tokens side by side (`token_and_mean`; twice as wide), or both of each of the last four blocks (`multi_layer`; eight
+    times as wide); of models that have and pool neither: `model`."""
     row_transport: bool = True
     """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
     current experience's features."""

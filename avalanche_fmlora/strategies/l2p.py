@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.head import IncrementalHead
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, cosines, uniform
-from avalanche_fmlora.modules.vit import TimmViT, feature_dim, forward_tokens, with_complement
+from avalanche_fmlora.modules.vit import TimmViT, feature_dim, last_tokens, with_complement
 from avalanche_fmlora.strategies.config import Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
@@ -137,16 +137,19 @@ class L2PNetwork(PromptedNetwork):
     def prompted_features(self, images: Tensor, prompts: Tensor) -> Tensor:
         """Mean of the prompts' outputs after the final norm, [B, D]; models that normalise after pooling do so here.
 
-        With `token_and_mean` it stands in the class token's place, beside the mean of the patch tokens: [B, 2D].
+        With `token_and_mean` it stands in the class token's place, beside the mean of the patch tokens: [B, 2D]; with
+        `multi_layer` so it does in each of the last blocks.
         """
         vit: Any = self.vit
         has_position = vit.cls_token is not None and vit.pos_embed is not None and not vit.no_embed_class
         if self.position == "cls" and has_position:
             prompts = prompts + vit.pos_embed[:, :1]
-        tokens, outputs = forward_tokens(vit, images, prompts)
-        assert outputs is not None
-        features = vit.fc_norm(outputs.mean(1))
-        return features if self.pooling == "model" else with_complement(vit, features, tokens)
+        parts = []
+        for tokens, outputs in last_tokens(vit, images, prompts, pooling=self.pooling):
+            assert outputs is not None
+            features = vit.fc_norm(outputs.mean(1))
+            parts.append(features if self.pooling == "model" else with_complement(vit, features, tokens))
+        return torch.cat(parts, -1)
 
 
 @register
