@@ -164,7 +164,7 @@ class PromptedNetwork(ContinualNetwork):
         return self.prompted_features(images, prompts)
 
     def prompted_features(self, images: Tensor, prompts: Any) -> Tensor:
-        """The second pass, [B, D] (twice as wide with `token_and_mean`), with what the pool gave."""
+        """The second pass, [B, D] (wider with another `pooling`), with what the pool gave."""
         return forward_features(self.vit, images, prefixes=prompts, pooling=self.pooling)
 
     @property
