@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from avalanche_fmlora.results.record import read_records
+from avalanche_fmlora.results.record import Record, read_records
 from avalanche_fmlora.results.render import Cell, Table, difference, draw, number, per_cent
 from avalanche_fmlora.results.table import paired_rows, summary_rows
 
@@ -39,7 +40,8 @@ def table(results: Path) -> str:
     """A line for each test bed and head: FM-LoRA, the best other, whom it beats beyond chance, joint training.
 
     Rows with a label (variants of a method, frozen features with FM-LoRA's head among methods with their own) don't
-    count. `distance closed` is FM-LoRA's share of the way from the best other to joint training.
+    count. `distance closed` is FM-LoRA's share of the way from the best other to joint training, on the class orders
+    that all three have.
     """
     rows = [[Cell(bed), Cell(head), *_cells(results / folder / "records")] for bed, head, folder in BEDS]
     return draw(Table(HEADER, rows, [None] * len(rows)), "markdown").strip()
@@ -59,8 +61,19 @@ def _cells(records: Path) -> list[Cell]:
         _beaten(means, lambda method: pairs[method, FAA], 1),
         _beaten(means, lambda method: pairs[method, FORGETTING], -1),
         Cell("–") if joint is None else per_cent(joint, FAA),
-        Cell("–") if joint is None else _closed(*(row[f"{FAA}_mean"] for row in (best, ours, joint))),
+        Cell("–") if joint is None else _closed(*_on_common_orders(runs, (best["method"], "fm_lora", "joint"))),
     ]
+
+
+def _on_common_orders(runs: Sequence[Record], names: Sequence[str]) -> list[float]:
+    """Mean final average accuracy of each method over the class orders that all of them have."""
+    found: dict[str, dict[int | None, float]] = {name: {} for name in names}
+    for record in runs:
+        accuracy = record["metrics"][FAA]
+        if record["config"]["method"] in found and accuracy is not None:
+            found[record["config"]["method"]][record["config"]["class_order_seed"]] = accuracy
+    common = set.intersection(*map(set, found.values()))
+    return [fmean(of[order] for order in common) for of in found.values()]
 
 
 def _beaten(methods: Iterable[str], pair_of: Callable[[str], Mapping[str, Any]], sign: int) -> Cell:

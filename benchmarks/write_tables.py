@@ -9,7 +9,7 @@ defaults), `changes` (FM-LoRA with one thing changed, against it unchanged), `pr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -105,17 +105,15 @@ def changes(folder: str) -> str:
 
 
 def overview(_: str) -> str:
-    """The table of the top README: each method on three test beds."""
-    beds = {
-        bed: {(row["method"], row["label"]): row for row in summary_rows(records_of(bed))}
-        for bed in ("caltech100", "emoji20", "split_glyphs")
-    }
+    """The table of the top README: each method on three test beds, bold among the rows that it shows."""
+    beds: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
+    for bed in ("caltech100", "emoji20", "split_glyphs"):
+        shown = [r for r in records_of(bed) if (key := _key(r["config"]))[1] is None or key in LABELS]
+        beds[bed] = {_key(row): row for row in summary_rows(shown)}
     first = beds["caltech100"]
     keys = sorted(first, key=lambda key: (key[0] == "joint", key != ("fm_lora", None), -first[key][f"{FAA}_mean"]))
     rows = []
     for key in keys:
-        if key[1] is not None and key not in LABELS:
-            continue
         on = {bed: found.get(key) for bed, found in beds.items()}
         cells = [Cell(f"`{key[0]}`" + LABELS.get(key, ""))]
         for bed, metric in SHOWN:
@@ -127,6 +125,10 @@ def overview(_: str) -> str:
         rows.append(cells)
     header = ["method", "Caltech-100", "forgetting", "emoji", "split_glyphs", "forgetting"]
     return draw(Table([*header, "stored besides head (ViT-S)"], rows, [None] * len(rows)), "markdown").strip()
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    return row["method"], row["label"]
 
 
 def setting(record: Record) -> str:
