@@ -69,7 +69,7 @@ def _on_common_orders(runs: Sequence[Record], names: Sequence[str]) -> list[floa
     """Mean final average accuracy of each method over the class orders that all of them have."""
     found: dict[str, dict[int | None, float]] = {name: {} for name in names}
     for record in runs:
-        accuracy = record["metrics"][FAA]
+        accuracy = record["metrics"]["final_average_accuracy"]
         if record["config"]["method"] in found and accuracy is not None:
             found[record["config"]["method"]][record["config"]["class_order_seed"]] = accuracy
     common = set.intersection(*map(set, found.values()))
