@@ -49,7 +49,7 @@ SHOWN = {
     "covariance of all images": "*true covariance*",
     "covariance and means of all images": "*true means too*",
 }
-FEATURES = {"model": "class token", "token_and_mean": "token and mean"}
+FEATURES = {"model": "class token", "token_and_mean": "token and mean", "multi_layer": "four blocks"}
 FIELDS = (*KEY, "rule", *METRICS)
 
 

@@ -18,6 +18,7 @@ import machine_time
 import prediction_rules
 import row_drift
 import standings
+from prediction_rules import FEATURES
 
 from avalanche_fmlora import FM_LORA_CLASSIFIER
 from avalanche_fmlora.results.figures.tradeoffs import trained_an_experience
@@ -41,7 +42,6 @@ LABELS = {
 USUAL = {"epochs": 5, "batch_size": 32}
 RATES = ("lr_lora", "lr_prompt")
 SAID_IN_THE_TEXT = ("seed", "precision", "rank_selection")
-POOLINGS = {"model": "the class token", "token_and_mean": "token and mean", "multi_layer": "four blocks"}
 COVARIANCES = {"current": "current covariance", "secant": "remembered covariance", "running": "covariance kept"}
 SHOWN = (
     ("caltech100", FAA),
@@ -139,11 +139,11 @@ def setting(record: Record) -> str:
     ours = config["method"] == "fm_lora"
     parts = []
     if ours:
-        parts += [POOLINGS[own["pooling"]].removeprefix("the ")] if own["pooling"] != defaults["pooling"] else []
+        parts += [FEATURES[own["pooling"]]] if own["pooling"] != defaults["pooling"] else []
     elif own["whitening"] is not None:
         parts.append(_head(own, all_at_once=config["method"] == "joint"))
     elif own["pooling"] != defaults["pooling"]:
-        parts.append(POOLINGS[own["pooling"]])
+        parts.append(FEATURES[own["pooling"]])
     for key, value in sorted(own.items(), key=lambda item: item[0] not in RATES):
         if key in FM_LORA_CLASSIFIER or key in SAID_IN_THE_TEXT:
             continue
@@ -168,7 +168,7 @@ def _shown(value: Any) -> str:
 
 def _head(own: dict[str, Any], all_at_once: bool) -> str:
     """FM-LoRA's head, and what is not its own; where all data come at once, covariances are one and the same."""
-    where = "" if own["pooling"] == FM_LORA_CLASSIFIER["pooling"] else f" on {POOLINGS[own['pooling']]}"
+    where = "" if own["pooling"] == FM_LORA_CLASSIFIER["pooling"] else f" on the {FEATURES[own['pooling']]}"
     same = all_at_once or (not where and own["whitening_covariance"] == FM_LORA_CLASSIFIER["whitening_covariance"])
     return f"FM-LoRA's head{where}" + ("" if same else f", {COVARIANCES[own['whitening_covariance']]}")
 

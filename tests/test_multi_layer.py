@@ -26,7 +26,7 @@ def test_every_method_trains_with_it_and_its_file_says_so(
     assert head.dim == feature_dim(strategy.model.vit, "multi_layer") == 4 * strategy.model.vit.embed_dim, "two blocks"
     strategy.model.eval()
     logits = strategy.model(images)
-    assert torch.equal(strategy.model(images[:1]).argmax(1), logits[:1].argmax(1))
+    torch.testing.assert_close(strategy.model(images[:1]), logits[:1])
     path = strategy.save(tmp_path / "adapter.safetensors")
     again = make_strategy(name, **MULTI_LAYER)
     again.load(path)

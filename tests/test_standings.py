@@ -23,6 +23,8 @@ def test_where_a_method_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for method, accuracies in final.items():
         for order, accuracy in enumerate(accuracies):
             write_record(make(accuracy, method=method, order=order, joint=method == "joint"), tmp_path)
+            if method == "l2p":
+                write_record(make(0.0, method=method, order=order, options={"rank": 9}), tmp_path)
     write_record(make(1.0, method="ncm", label="a variant"), tmp_path)
     ours, best, lead, higher, forgets_less, joint, closed = standings._cells(tmp_path)
     assert ours.main.startswith("56.2"), "the mean over two experiences, the second one 25 % for all"
