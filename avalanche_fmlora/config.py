@@ -79,7 +79,7 @@ class RunConfig(StrictModel):
 
     def identity(self) -> dict[str, Any]:
         """What a record keeps of this configuration, and is named by: all defaults filled in, paths without folders."""
-        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method_options"})
         del plain["training"]["num_workers"]
         plain["method_options"] = self.resolved_method().model_dump(mode="json")
         plain["benchmark"] = self.benchmark.identity()

@@ -119,7 +119,7 @@ def plan(
             rehearsal = functools.partial(rehearse, config, len(sizes.train), device, data_root)
             speed = _once(known, _speed_key(config), rehearsal)
             run.seconds = seconds_left(config, speed, sizes, behind)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             logger.debug("%s: %s", key, error)
             run.error = str(error)
         add(run)
@@ -245,10 +245,11 @@ class _Clock(SupervisedPlugin):
 
 
 def _noise(count: int, side: int, n_experiences: int) -> Any:
+    """Experiences of two classes and `count` images each."""
     random = np.random.default_rng(0)
     total = count * n_experiences
     pixels = random.integers(0, 256, (total, side, side, 3), dtype=np.uint8)
-    data = ImageSet(pixels, np.arange(total) % (2 * n_experiences))
+    data = ImageSet(pixels, np.arange(total) * 2 * n_experiences // total)
     names = [str(i) for i in range(2 * n_experiences)]
     return class_incremental("noise", data, data, names, n_experiences=n_experiences).train_stream
 
@@ -265,7 +266,7 @@ def _once(known: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
     if key not in known:
         try:
             known[key] = make()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             known[key] = error
     if isinstance(known[key], Exception):
         raise known[key]

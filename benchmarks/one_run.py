@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
+import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from avalanche_fmlora.config import RunConfig, make_run, merged, read_all
+from avalanche_fmlora.results.record import run_id, write_atomically
 
 OPTIONS = {
     "classifier": "class_mean",
@@ -22,8 +25,8 @@ OPTIONS = {
     "whitening": 0.3,
     "whitening_covariance": "secant",
 }
-KEY = ("benchmark", "class_order_seed", "method", "options")
-"""First fields of a CSV: which run a row is of."""
+KEY = ("benchmark", "class_order_seed", "method", "options", "run")
+"""First fields of a CSV: which run a row is of; the last is the id of its whole configuration."""
 
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:
@@ -57,6 +60,17 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, RunConf
         yield words, make_run(merged(shared, extra))
 
 
+def run_fields(config: RunConfig, benchmark: str) -> dict[str, Any]:
+    """The fields of :data:`KEY`, of a run on data of that name."""
+    return {
+        "benchmark": benchmark,
+        "class_order_seed": config.class_order_seed,
+        "method": config.method,
+        "options": json.dumps(config.method_options, sort_keys=True),
+        "run": run_id(config.identity()),
+    }
+
+
 @torch.no_grad()
 def encoded(strategy: Any, dataset: Any) -> tuple[Tensor, Tensor]:
     """Normalised features [M, D] and labels [M] of a data set under the model as it is."""
@@ -70,8 +84,18 @@ def write(path: Path, fields: Sequence[str], new: list[dict[str, Any]], key: Seq
     old: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row[k] for k in key) not in replaced]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows([*old, *new])
+            old = [row for row in csv.DictReader(file) if tuple(row.get(k) for k in key) not in replaced]
+    write_atomically(path, as_csv(fields, [*old, *new]))
+
+
+def as_csv(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A heading and a line for each row.
+
+    Raises:
+        ValueError: if a row has a field that is none of these.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

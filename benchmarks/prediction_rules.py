@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from one_run import KEY, configurations, encoded, parser, write
+from one_run import KEY, configurations, encoded, parser, run_fields, write
 from torch import Tensor
 
 from avalanche_fmlora.config import RunConfig
@@ -109,13 +109,7 @@ def run(config: RunConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
                 logits = (z @ rows.flatten(0, 1).T).unflatten(-1, rows.shape[:2]).amax(-2)
                 predicted = logits.masked_fill(~head.seen, float("-inf")).argmax(-1)
                 matrices[name][t][i] = float((predicted == y).float().mean())
-    options = json.dumps(config.method_options, sort_keys=True)
-    known = {
-        "benchmark": benchmark.info.name,
-        "class_order_seed": config.class_order_seed,
-        "method": config.method,
-        "options": options,
-    }
+    known = run_fields(config, benchmark.info.name)
     for name, matrix in matrices.items():
         metrics = summarize(matrix, benchmark.info.n_test)
         yield {**known, "rule": name, **{k: f"{metrics[k]:.4f}" for k in METRICS}}

@@ -9,7 +9,6 @@ few hundred steps: the same command goes on from it. The head is thrown away at 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -21,12 +20,14 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from one_run import as_csv
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from avalanche_fmlora.data.glyph_render import available_faces, draw_looks, glyph_mask, render
 from avalanche_fmlora.data.glyph_vit import GLYPH_VIT_MEAN, GLYPH_VIT_STD, build_glyph_vit, fold_batch_norm
 from avalanche_fmlora.data.glyphs import PRETRAINING_CHARACTERS
+from avalanche_fmlora.results.record import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,11 +182,7 @@ def main(
 
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     """All rows so far, as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_atomically(path, as_csv(list(rows[0]), rows))
 
 
 if __name__ == "__main__":

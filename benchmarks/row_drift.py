@@ -13,14 +13,13 @@ data, method, options and experience are replaced. Without a method, it is print
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from one_run import KEY, configurations, encoded, parser, write
+from one_run import KEY, configurations, encoded, parser, run_fields, write
 from torch import Tensor
 
 from avalanche_fmlora.config import RunConfig
@@ -71,13 +70,7 @@ def run(config: RunConfig, experience: int, data_root: Path | None) -> Iterator[
     strategy.model.eval()
     own_after = encoded(strategy, current.dataset)[0]
     past_after, end = past_features(strategy, past)
-    known = {
-        "benchmark": benchmark.info.name,
-        "class_order_seed": config.class_order_seed,
-        "method": config.method,
-        "options": json.dumps(config.method_options, sort_keys=True),
-        "experience": experience,
-    }
+    known = {**run_fields(config, benchmark.info.name), "experience": experience}
     for v, (rows, index), x, z in zip(VARIANTS, pairs, moved, before, strict=True):
         after = torch.cat([own_after, features_of(strategy, x)])
         cosines = [(own[index] * start[rows]).sum(-1).mean(), (z[len(own) :] * start[rows]).sum(-1).mean()]

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from one_run import as_csv
 from PIL import Image
 from steps import alternate, bare_step, in_training, make_strategy, make_stream, make_vit
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from avalanche_fmlora.data.presets import stored_side
 from avalanche_fmlora.data.store import stored_images
 from avalanche_fmlora.data.transforms import make_transforms
 from avalanche_fmlora.modules.vit import forward_features
+from avalanche_fmlora.results.record import write_atomically
 
 
 def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -280,10 +282,7 @@ def main() -> None:
         print(f"{row['what']:70} {row['ratio']:.3f} (bound {row['bound']})")
         row["ratio"] = f"{row['ratio']:.3f}" if row["ratio"] >= 0.1 else f"{row['ratio']:.2g}"
     with_others = merged(options.out, rows) if options.only and options.out.exists() else rows
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["what", "ratio", "bound"])
-        writer.writeheader()
-        writer.writerows(with_others)
+    write_atomically(options.out, as_csv(["what", "ratio", "bound"], with_others))
 
 
 if __name__ == "__main__":

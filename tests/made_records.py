@@ -31,7 +31,7 @@ def make(
     record = blank_record(
         {
             "method": method,
-            "method_options": options or {},
+            "method_options": {"seed": seed, **(options or {})},
             "benchmark": {"name": "glyphs", "n_experiences": 2} | (benchmark or {}),
             "backbone": {"name": "embedded"},
             "training": {"epochs": 1, "batch_size": 32} | (training or {}),

@@ -201,6 +201,8 @@ def test_a_run_that_cannot_start_leaves_no_record(photos: Path, tmp_path: Path) 
         (["run", "--device", "cuda:99"], "finds no cuda:99: it has cpu"),
         (["compare", "--device", "cuda:99"], "A GPU needs a torch with CUDA"),
         (["compare", "--device", "cuda:99", "--dry-run"], "finds no cuda:99"),
+        (["compare", "--device", "meta"], "Expected a device of this machine but meta can't be used (Cannot copy out"),
+        (["compare", "--device", "xpu", "--dry-run"], "xpu can't be used (Torch not compiled with XPU"),
         (
             ["compare", "--device", "gpu", "--jobs", "2"],
             "Expected `device` to be cpu, cuda or cuda:1, say, but got 'gpu'",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ def test_wrong_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"did you mean `rank`\?"):
         compare(["fm_lora"], rnk=8, out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_script_that_is_read_anew_by_its_workers_is_told_what_to_write(tmp_path: Path) -> None:
+    call = f"compare(['ncm'], class_order_seeds=[0, 1], benchmark={SMALL['benchmark']}, out='runs', jobs=2)"
+    script = tmp_path / "script.py"
+    script.write_text(f"from avalanche_fmlora import compare\n{call}\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ValueError: Worker processes can't start: a script has to call this below `if __name__" in done.stderr
+    assert not list(tmp_path.rglob("*.json")), "nothing was started, so nothing failed"
 
 
 def test_a_failure_is_said_and_kept(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from avalanche_fmlora.config import RunConfig, by_id, find_data, located, make_run, read_yaml
@@ -62,6 +63,12 @@ def test_a_default_written_out_is_the_same_run() -> None:
     plain, written = make_run({}), make_run({"training": {"epochs": make_run({}).training.epochs}})
     assert run_id(plain.identity()) == run_id(written.identity())
     assert run_id(plain.identity()) != run_id(make_run({"seed": 1}).identity())
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options = {"rank": np.int64(8), "lr_core": np.float64(1e-3)}
+    plain = make_run({"method_options": {"rank": 8, "lr_core": 1e-3}})
+    assert run_id(make_run({"method_options": options}).identity()) == run_id(plain.identity())
 
 
 def test_the_seed_of_a_run_is_the_seed_of_its_method() -> None:

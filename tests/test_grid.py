@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from avalanche_fmlora import compare
-from avalanche_fmlora.cli.common import read_list, read_pairs
+from avalanche_fmlora.backbones import BackboneConfig
+from avalanche_fmlora.cli.common import TEXTS, read_flags, read_list, read_pairs
+from avalanche_fmlora.config import RunConfig, TrainingConfig
+from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.grid import expand
 from avalanche_fmlora.results.record import run_id
 
@@ -113,6 +116,13 @@ def test_values_on_the_command_line() -> None:
     assert read_list("bf16,null,1e-3,0.5") == ["bf16", None, "1e-3", 0.5]
     assert read_list("[[0, 1], [2]]") == [[0, 1], [2]]
     assert read_pairs("--grid", ["fm_lora.lr-head=1=2", "a=b"]) == {"fm_lora.lr_head": "1=2", "a": "b"}
+    words = ["--path", "photos #2", "--label=1:30", "--backbone.weights", "null", "--rank", "8 # few", "--lr-head=1e-3"]
+    assert read_flags(words) == [
+        ("path", "photos #2"), ("label", "1:30"), ("backbone.weights", None), ("rank", 8), ("lr_head", "1e-3"),
+    ]  # fmt: skip
+    parts = (RunConfig, BenchmarkConfig, BackboneConfig, TrainingConfig)
+    plain = {n for c in parts for n, f in c.model_fields.items() if f.annotation in (str | None, Path | None)}
+    assert plain == TEXTS
     with pytest.raises(ValueError, match="Expected --grid NAME=VALUE but got rank"):
         read_pairs("--grid", ["rank"])
 

@@ -112,6 +112,26 @@ def test_a_backbone_that_is_not_there_takes_no_other_ones_estimate(
     assert (runs[1].error, runs[1].seconds is None) == (None, False)
 
 
+def test_a_rehearsal_that_breaks_leaves_an_estimate_open(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(planning, "rehearse", broken)
+    runs = plan([configuration(photos), configuration(photos, "ncm")], tmp_path)
+    assert [(run.seconds, run.error) for run in runs] == [(None, "out of memory")] * 2
+
+
+@pytest.mark.parametrize("batch", [1, 5, 25])
+def test_a_rehearsal_has_images_for_every_batch(batch: int, photos: Path) -> None:
+    config = configuration(photos, "ncm")
+    config = config.model_copy(update={"training": config.training.model_copy(update={"batch_size": batch})})
+    assert rehearse(config, 3, "cpu").test_s > 0
+    sizes = [len(experience.dataset) for experience in planning._noise(batch * planning._BATCHES, 32, 2)]
+    assert sizes == [batch * planning._BATCHES] * 2
+
+
 def test_images_that_are_never_the_same_again_are_rehearsed_once(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

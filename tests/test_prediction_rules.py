@@ -67,6 +67,19 @@ def test_rows_of_the_same_run_are_replaced(script: Any, tmp_path: Path) -> None:
     script.write(path, script.FIELDS, [{**row, "method": "ncm", "rule": "c"}])
     with path.open() as file:
         assert [(r["method"], r["rule"]) for r in csv.DictReader(file)] == [("fm_lora", "a"), ("ncm", "c")]
+    script.write(path, script.FIELDS, [{**row, "method": "ncm", "run": "other settings", "rule": "c"}])
+    kept = path.read_bytes()
+    assert kept.count(b"ncm") == 2
+    with pytest.raises(ValueError, match="not in fieldnames"):
+        script.write(path, script.FIELDS[:-1], [row])
+    assert path.read_bytes() == kept
+
+
+def test_a_run_is_named_by_its_whole_configuration(script: Any) -> None:
+    few, many = ({"benchmark": {"name": "split_glyphs", "n_experiences": n}, "method": "ncm"} for n in (2, 4))
+    names = [importlib.import_module("one_run").run_fields(make_run(o), "split_glyphs") for o in (few, many, few)]
+    assert names[0] == names[2] != names[1]
+    assert tuple(names[0]) == importlib.import_module("one_run").KEY
 
 
 def test_without_methods_and_without_rows_it_says_what_to_name(

@@ -283,6 +283,9 @@ def test_find_record_knows_finished_runs_only(tmp_path: Path) -> None:
     assert found is not None
     assert found["status"] == "finished"
     assert find_record(tmp_path, config(seed=1)) is None
+    (path,) = tmp_path.glob("*.json")
+    path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7what macOS puts beside a file on a foreign disk")
+    assert find_record(tmp_path, config()) == found
     assert len(read_records(tmp_path)) == 1, "the retry replaces the failure"
     with pytest.raises(FileExistsError, match="delete it"):
         write_record(blank_record(config()), tmp_path)

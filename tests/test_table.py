@@ -49,6 +49,8 @@ def test_runs() -> None:
     ("benchmark", "name"),
     [
         ({"name": "image_folder", "path": "pets.zip"}, "pets"),
+        ({"name": "image_folder", "path": "photos/flowers.2023.ZIP"}, "flowers.2023"),
+        ({"name": "image_folder", "path": "flowers.2023"}, "flowers.2023"),
         ({"name": "domainnet", "path": None, "subset": False}, "domainnet"),
         ({"name": "domainnet", "path": "mini", "subset": True}, "domainnet (subset)"),
     ],
@@ -293,6 +295,10 @@ def test_render_csv_and_latex() -> None:
     assert rows[0]["FAA [%]"] == "50.0 ± – (1)"
     assert rows[0]["stored params"] == "1001"
     assert (rows[1]["apart"], rows[1]["AAA [%]"]) == ("all data at once (upper bound)", "")
+    (row,) = csv.DictReader(io.StringIO(render(summary_rows([make(label="1,2")]), "csv")))
+    assert row["label"] == "1,2"
+    bracket = make(benchmark={"name": "image_folder", "path": "[2024]"})
+    assert "\n{[}2024] & " in render(summary_rows([bracket]), "latex"), "no optional argument of what stands before"
     latex = render(summary_frame(records), "latex", digits=2)
     lines = latex.splitlines()
     assert lines[0] == r"\begin{tabular}{lllrrrrrrrr}"

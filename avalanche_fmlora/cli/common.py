@@ -29,6 +29,8 @@ SHORT = {
     "batch_size": "training.batch_size",
     "eval_batch_size": "training.eval_batch_size",
 }
+TEXTS = {"label", "path", "split_file", "weights"}
+"""Fields whose value is text, whatever it looks like."""
 OPTIONS_HELP = """
 Every field of the configuration is a flag: --benchmark, --path, --download, --n-experiences, --backbone, --weights,
 --image-size, --epochs, --batch-size, --seed, --class-order-seed, in general --training.epochs 3 or
@@ -74,7 +76,7 @@ def running_options(command: CommandT) -> CommandT:
 
 
 def read_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """``--name value`` and ``--name=value`` pairs.
+    """``--name value`` and ``--name=value`` pairs; values are YAML, save those of paths and labels.
 
     Raises:
         ValueError: for a word that is no flag, or a flag without its value.
@@ -90,7 +92,9 @@ def read_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if following is None or following.startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name} VALUE, or --{name} true for what is switched on.")
             text = following
-        flags.append((name.replace("-", "_"), read_value(text)))
+        field = name.replace("-", "_")
+        plain = field.rpartition(".")[2] in TEXTS and text != "null"
+        flags.append((field, text if plain else read_value(text)))
     return flags
 
 
@@ -166,6 +170,8 @@ def user_errors() -> Iterator[None]:
     """What the user can mend is a message, not a traceback."""
     try:
         yield
+    except BrokenPipeError:  # `| head` has read enough
+        raise
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:

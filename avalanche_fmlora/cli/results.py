@@ -78,12 +78,13 @@ def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: 
             raise ValueError("; ".join(skipped.values()))
         for name, reason in skipped.items():
             click.echo(f"No {name}: {reason}", err=True)
-        file = to is not None and to.suffix in (".png", ".svg", ".pdf")
-        if to is not None and to.suffix in (".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp"):
+        suffix = to.suffix.lower() if to is not None else ""
+        file = suffix in (".png", ".svg", ".pdf")
+        if suffix in (".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp"):
             raise ValueError(f"Expected --to to end in .png, .svg or .pdf, or to name a folder, but got {to}.")
         if file and len(drawn) > 1:
             raise ValueError(f"Expected a folder for {len(drawn)} figures ({', '.join(drawn)}) but got the file {to}.")
-        if file and ending not in (None, to.suffix[1:] if to else None):
+        if file and ending not in (None, suffix[1:]):
             raise ValueError(f"Expected --to to end in .{ending} but got {to}: leave --format out, or name a folder.")
         for name, figure in drawn.items():
             click.echo(save(figure, to if file and to else (to or folder) / f"{name}.{ending or 'png'}"))

@@ -85,6 +85,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 def _opened(data: bytes) -> Image.Image:
     with _open(data) as opened:
         opened.load()
+        if opened.format == "TIFF" and opened.mode == "I" and int(np.asarray(opened).max()) < 256:
+            raise ValueError("32-bit pixels up to 255 may mean 8 bits or a dark image: save it with 8 or 16 bits")
         return _to_rgb(ImageOps.exif_transpose(opened))
 
 

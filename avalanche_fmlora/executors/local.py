@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from queue import SimpleQueue
 
@@ -35,6 +35,14 @@ def check_device(device: str) -> None:
             f"Expected a device of this machine but torch {torch.__version__} finds no {device}: it has "
             f"{', '.join(['cpu', *there])}. A GPU needs a torch with CUDA (pytorch.org/get-started) and a driver."
         )
+    try:
+        if wanted.type not in ("cpu", "cuda"):
+            torch.ones(1, device=wanted).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"Expected a device of this machine but {device} can't be used ({reason}): name cpu."
+        ) from None
 
 
 class InProcess:
@@ -70,6 +78,16 @@ class Processes:
             return
         jobs = min(self._jobs, len(tasks))
         workers = [_Worker(self.threads(len(tasks))) for _ in range(jobs)]
+        try:
+            for start in [worker.start() for worker in workers]:
+                start.result()
+        except BrokenProcessPool:
+            for worker in workers:
+                worker.kill()
+            raise ValueError(
+                "Worker processes can't start: a script has to call this below `if __name__ == '__main__':`, as each "
+                "of them reads the script anew. With jobs=1 it runs in this process."
+            ) from None
         idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in workers:
             idle.put(worker)
@@ -106,6 +124,10 @@ class _Worker:
     def _new_pool(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(self._threads,))
+
+    def start(self) -> Future[int]:
+        """Something that is done once the process is there."""
+        return self._pool.submit(int)
 
     def call(self, task: Task) -> Record | RunLost:
         for _ in range(_ATTEMPTS):

@@ -55,10 +55,10 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Method and label, or the label alone if it begins with the method's name."""
+        """Method and label, or the label alone if it begins with the method's name and says more."""
         method = self.record["config"]["method"]
         label = self.label or ""
-        return label if label.startswith(method) else f"{method} {label}".rstrip()
+        return label if label.startswith(method) and label != method else f"{method} {label}".rstrip()
 
     @property
     def apart(self) -> str | None:
@@ -75,7 +75,7 @@ def benchmark_name(record: Record) -> str:
     benchmark = record["config"]["benchmark"]
     name = str(benchmark["name"])
     if name == "image_folder" and benchmark.get("path"):
-        return PurePath(benchmark["path"]).stem
+        return re.sub(r"\.zip$", "", PurePath(benchmark["path"]).name, flags=re.IGNORECASE)
     return f"{name} (subset)" if benchmark.get("subset") else name
 
 
@@ -187,8 +187,13 @@ def _family(record: Record) -> tuple[str, str, str | None]:
 
 
 def _options(record: Record, facts: Row) -> Row:
-    """Method options, flat, and the training configuration where the protocol leaves it free."""
+    """Method options, flat, and the training configuration where the protocol leaves it free.
+
+    A seed of the method's own counts only where it is other than the run's: runs of several seeds are averaged.
+    """
     own = {**BEFORE, **flat(record["config"]["method_options"])}
+    if own.get("seed") == record["config"]["seed"]:
+        del own["seed"]
     settings = _settings(record)
     return own | {key: value for key, value in settings.items() if _is_training(key) and facts.get(key) != value}
 

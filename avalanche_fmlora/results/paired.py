@@ -182,6 +182,6 @@ def _reference(groups: Sequence[Sequence[Run]], name: str | None) -> Sequence[Ru
     found = exact or [group for group in done if _called(group, name)]
     if len(found) > 1:
         raise ValueError(
-            f"Expected one method called {name!r} but {[group[0].name for group in found]} are: name one of them."
+            f"Expected one method called {name!r} but {sorted(group[0].name for group in found)} are: name one of them."
         )
     return found[0] if found else None

@@ -191,7 +191,7 @@ def find_record(folder: str | Path, config: Mapping[str, Any], *, failed: bool =
         ValueError: if the file is there but torn or edited.
     """
     wanted = run_id(config)
-    for path in sorted(Path(folder).glob(f"*-{wanted}.json")):
+    for path in sorted(Path(folder).glob(f"[!.]*-{wanted}.json")):
         record = read_record(path)
         if record["id"] == wanted and (failed or record["status"] == "finished"):
             return record

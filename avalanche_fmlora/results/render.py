@@ -186,16 +186,17 @@ def _csv(table: Table) -> str:
     apart = any(table.blocks)
     lines = [["apart", *table.header] if apart else table.header]
     for row, block in zip(table.rows, table.blocks, strict=True):
-        texts = [_csv_text(cell) for cell in row]
+        texts = [_csv_text(cell, name in _TEXTS) for name, cell in zip(table.header, row, strict=True)]
         lines.append([block or "", *texts] if apart else texts)
     return csv_text(lines)
 
 
-def _csv_text(cell: Cell) -> str:
+def _csv_text(cell: Cell, is_text: bool) -> str:
     """Nothing for a dash, no commas in plain numbers."""
     if cell.main == "–":
         return ""
-    return (cell.main.replace(",", "") if re.fullmatch(r"-?[\d,]+(\.\d+)?", cell.main) else cell.main) + cell.tail
+    plain = not is_text and re.fullmatch(r"-?[\d,]+(\.\d+)?", cell.main)
+    return (cell.main.replace(",", "") if plain else cell.main) + cell.tail
 
 
 def _markdown(table: Table) -> str:
@@ -240,4 +241,5 @@ def _latex_cell(cell: Cell) -> str:
 def _latex_text(text: str) -> str:
     named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
     named["Δ"] = r"$\Delta$"
-    return re.sub(r"[\\~^&%$#_{}–Δ]", lambda match: named.get(match[0], "\\" + match[0]), " ".join(text.split()))
+    words = re.sub(r"[\\~^&%$#_{}–Δ]", lambda match: named.get(match[0], "\\" + match[0]), " ".join(text.split()))
+    return re.sub(r"^\[", "{[}", words)  # after `\\`, it would be an optional argument

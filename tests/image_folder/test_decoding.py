@@ -37,6 +37,8 @@ def test_modes_become_rgb() -> None:
     assert pixel(palette, transparency=1) == [255, 255, 255]
     assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.uint16))) == [77, 77, 77]
     assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.int32)), "TIFF") == [77, 77, 77]
+    with pytest.raises(ValueError, match="32-bit pixels up to 255 may mean 8 bits or a dark image: save it with 8"):
+        pixel(Image.fromarray(np.full((2, 2), 77, np.int32)), "TIFF")
     assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF") == [255, 0, 0]
     with pytest.raises(ValueError, match="floating-point"):
         pixel(Image.new("F", (2, 2), 0.5), "TIFF")

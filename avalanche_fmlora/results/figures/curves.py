@@ -134,17 +134,17 @@ def _finish(axes: Axes, series: Sequence[Series], ends: Sequence[tuple[str, floa
 def _bars(axes: Axes, series: Sequence[Series]) -> None:
     import numpy as np
 
-    values = {s.name: [v for run in s.runs if (v := run.record["metrics"]["forgetting"]) is not None] for s in series}
-    order = sorted(series, key=lambda s: -float(np.mean(values[s.name])))
-    means = [float(np.mean(values[s.name])) for s in order]
-    stds = [float(np.std(values[s.name], ddof=1)) if len(values[s.name]) > 1 else 0.0 for s in order]
+    values = [[v for run in s.runs if (v := run.record["metrics"]["forgetting"]) is not None] for s in series]
+    order = sorted(range(len(series)), key=lambda k: -float(np.mean(values[k])))
+    means = [float(np.mean(values[k])) for k in order]
+    stds = [float(np.std(values[k], ddof=1)) if len(values[k]) > 1 else 0.0 for k in order]
     axes.barh(range(len(order)), means, color="0.82", edgecolor="0.35", linewidth=0.5, height=0.65)
     if any(stds):
         axes.errorbar(means, range(len(order)), xerr=stds, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
     for k, (mean, std) in enumerate(zip(means, stds, strict=True)):
         place = (max(mean + std, 0), k)
         axes.annotate(f"{100 * mean:.1f}", place, (3, 0), textcoords="offset points", va="center", fontsize=6.5)
-    axes.set_yticks(range(len(order)), [wrapped(s.name, 16) for s in order])
+    axes.set_yticks(range(len(order)), [wrapped(series[k].name, 16) for k in order])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("forgetting at the end [points]" + (" ± standard deviation" if any(stds) else ""))
     axes.margins(x=0.12)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from avalanche_fmlora.results.grouping import JOINT, Run, apart_of, groups_of
 from avalanche_fmlora.results.paired import DEFAULT_REFERENCE
+from avalanche_fmlora.results.record import write_atomically
 from avalanche_fmlora.results.schema import Record
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _RC: Any = {
     "grid.linewidth": 0.4,
     "grid.alpha": 0.35,
     "svg.hashsalt": "avalanche_fmlora",
+    "text.parse_math": False,
 }
 # After Okabe and Ito, whose colours stay apart for colour-blind readers; line and marker tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B85C95", "#3A95C9", "#C28500", "#666666", "#882255")
@@ -143,11 +145,10 @@ def save(figure: Figure, path: str | Path) -> Path:
         ValueError: for another ending.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"Expected a file that ends in .png, .svg or .pdf but got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(as_bytes(figure, path.suffix[1:]))
-    return path
+    return write_atomically(path, as_bytes(figure, suffix[1:]))
 
 
 def as_bytes(figure: Figure, format: str, dpi: int = 300) -> bytes:
