@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,25 @@ def test_compiled_features_are_the_same(
     expected = plain.model.adapter_state()
     for name, value in compiled.model.adapter_state().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_methods_that_grow_stay_compiled(
+    make_strategy: Any, train: Any, class_benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch compiles one function for a few shapes only: each experience has one of its own, others are left alone."""
+    compile_, passes = torch.compile, []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        return lambda *tensors: passes.append(True) or graph(*tensors)
+
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend=counting))
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    counts, options = [0], {"train_epochs": 1, "compile": True}
+    with config.patch(**{limit: 2}):
+        train(make_strategy("inflora", **options), class_benchmark, after=lambda s: counts.append(len(passes)))
+        train(make_strategy("fm_lora", **options), class_benchmark, n=1, after=lambda s: counts.append(len(passes)))
+    assert all(b > a for a, b in pairwise(counts)), counts
 
 
 def test_strategy_arguments_are_avalanches(make_vit: Callable[..., Any]) -> None:

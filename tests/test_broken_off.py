@@ -157,3 +157,20 @@ def _assert_no_queries(cache: Any) -> None:
     assert cache.enabled
     assert not len(cache)
     assert cache._weights is None
+
+
+def test_joint_training_that_was_broken_off_begins_again(make_strategy: Any, class_benchmark: Any) -> None:
+    class Stop(SupervisedPlugin):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_epochs == 1 and not stopped:
+                stopped.append(True)
+                raise KeyboardInterrupt
+
+    stopped: list[bool] = []
+    strategy = make_strategy("joint", plugins=[Stop()], epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(class_benchmark.train_stream)
+    strategy.train(class_benchmark.train_stream)
+    assert strategy.model.head.seen.tolist() == [True] * 6
+    with pytest.raises(ValueError, match="call `train` once, with the whole stream"):
+        strategy.train(class_benchmark.train_stream)

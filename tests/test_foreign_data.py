@@ -115,11 +115,13 @@ def test_evaluation_in_inference_mode_leaves_training_possible(
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-def test_the_default_dtype_is_the_users(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
-    expected = train(make_strategy("fm_lora", train_epochs=1), class_benchmark, n=2).model.head.rows
+@pytest.mark.parametrize("name", methods())
+def test_the_default_dtype_is_the_users(name: str, make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    expected = train(make_strategy(name, train_epochs=1), class_benchmark, n=2).model.head.rows
     torch.set_default_dtype(torch.float64)
     try:
-        strategy = train(make_strategy("fm_lora", train_epochs=1), class_benchmark, n=2)
+        strategy = train(make_strategy(name, train_epochs=1), class_benchmark, n=2)
+        strategy.eval(class_benchmark.test_stream[:2])
     finally:
         torch.set_default_dtype(torch.float32)
     assert strategy.model.head.rows.dtype == expected.dtype == torch.float32

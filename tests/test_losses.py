@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import loss_metrics
+from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 
 from avalanche_fmlora.strategies.loss import Loss
@@ -75,3 +77,35 @@ def test_a_criterion_that_reads_what_is_left_out_is_named_in_its_first_step(
     strategy.eval(class_benchmark.test_stream)  # makes room for classes that are not seen
     with pytest.raises(ValueError, match=rf"a finite loss but got (inf|nan) from {criterion.__qualname__}: .*CrossEnt"):
         strategy.train(class_benchmark.train_stream[0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_of_evaluation_does_not_depend_on_what_was_evaluated_before(
+    smoothing: float, make_strategy: Any, class_benchmark: Any
+) -> None:
+    """Weights may be those of all classes that will come; evaluations make room for classes that are not seen."""
+    weight = torch.arange(1.0, 7.0) if smoothing else None
+    evaluator = EvaluationPlugin(loss_metrics(experience=True))
+    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    strategy = make_strategy("linear_probe", criterion=criterion, evaluator=evaluator, train_epochs=1)
+    strategy.train(class_benchmark.train_stream[0])
+    found = []
+    for stream in (class_benchmark.test_stream[:1], class_benchmark.test_stream, class_benchmark.test_stream[:1]):
+        metrics = strategy.eval(stream)
+        found.append(next(v for k, v in metrics.items() if k.endswith("Exp000")))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    assert found[0] < 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_all_classes_that_will_come(
+    smoothing: float, make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    def rows(weight: Tensor | None) -> Tensor:
+        criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+        return train(make_strategy("linear_probe", criterion=criterion), class_benchmark).model.head.rows  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(rows(torch.ones(6)), rows(None), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(rows(torch.arange(1.0, 7.0)), rows(None), atol=1e-3)
+    with pytest.raises(ValueError, match="a weight for each of the 4 classes so far but CrossEntropyLoss has 2"):
+        rows(torch.ones(2))

@@ -135,3 +135,17 @@ def test_trained_updates_merge(
         strategy.unmerge()
         assert torch.equal(strategy.model(images), logits)
         torch.testing.assert_close(strategy.merged_model().eval()(images), logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "inflora", "sd_lora", "seq_lora"])
+def test_merged_weights_move_with_the_model(
+    name: str, make_strategy: Any, train: Any, class_benchmark: Any, images: Tensor
+) -> None:
+    strategy = train(make_strategy(name, train_epochs=1), class_benchmark, n=2)
+    strategy.merge()
+    names = set(strategy.model.state_dict())
+    expected = strategy.model.eval()(images)
+    torch.testing.assert_close(strategy.model.double()(images.double()).float(), expected, rtol=1e-4, atol=1e-4)
+    assert set(strategy.model.state_dict()) == names
+    strategy.unmerge()
+    assert not [key for key in dict(strategy.model.named_buffers()) if "merged" in key]

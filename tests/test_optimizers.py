@@ -213,6 +213,40 @@ def test_a_scheduler_over_the_whole_stream_goes_on(make_strategy: Any, train: An
     assert [rates[0]["head"] for rates in watch.rates] == pytest.approx([0.08, 0.04, 0.02])
 
 
+@pytest.mark.parametrize("make", [lambda o: LambdaLR(o, lambda e: 1 / (1 + e)), lambda o: StepLR(o, 1, 0.5)])
+def test_the_prompts_slow_rate_is_a_share_of_whatever_a_scheduler_sets(
+    make: Callable[[Any], Any], make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    """Some schedulers multiply the rate that they find, others set it anew."""
+
+    class Rates(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained: list[float] = []
+            self.shown: list[float] = []
+
+        def before_update(self, strategy: Any, **kwargs: Any) -> None:
+            (group,) = [g for g in strategy.optimizer.param_groups if g["name"] == "prompt"]
+            self.shown.append(group["lr"])
+            step = strategy.optimizer.step
+
+            def spy(*args: Any, **keywords: Any) -> Any:
+                self.trained.append(group["lr"])
+                strategy.optimizer.step = step
+                return step(*args, **keywords)
+
+            strategy.optimizer.step = spy
+
+    rates = Rates()
+    strategy = make_strategy("fm_lora", plugins=[rates], train_epochs=3, lr_prompt=0.01, train_mb_size=16)
+    scheduler = make(strategy.optimizer)
+    strategy.plugins.append(LRSchedulerPlugin(scheduler))
+    train(strategy, class_benchmark, n=2)
+    due = [0.01, 0.01 / 2, 0.01 / 3 if isinstance(scheduler, LambdaLR) else 0.01 / 4]
+    assert rates.shown == pytest.approx(due * 2)
+    assert rates.trained == pytest.approx([*due, *(0.1 * rate for rate in due)])
+
+
 def test_clipping_bounds_the_gradient_of_all_that_trains(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
     norms: dict[float, float] = {}
 

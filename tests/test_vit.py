@@ -145,12 +145,12 @@ def test_insert_and_remove_tokens_are_inverse() -> None:
 
 def test_gradient_checkpointing_changes_nothing(make_vit: Callable[..., Any], images: Tensor) -> None:
     vit = make_vit(dtype=torch.float64).eval()
-    prompt = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    prompt, keys, values = (torch.randn(2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     results = []
     for enable in (False, True):
         vit.set_grad_checkpointing(enable)
-        features = forward_features(vit, images.double(), prompt)
-        results.append((features.detach(), *torch.autograd.grad(features.square().sum(), prompt)))
+        features = forward_features(vit, images.double(), prompt, {1: (2 * keys, values)})
+        results.append((features.detach(), *torch.autograd.grad(features.square().sum(), (prompt, keys, values))))
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed, **EXACT)
 

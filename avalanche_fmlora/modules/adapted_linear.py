@@ -32,6 +32,7 @@ class AdaptedLinear(nn.Module):
 
     growing: ClassVar[tuple[str, ...]] = ()
     opened: ClassVar[tuple[str, ...]] = ()
+    merged_weight: Tensor | None
 
     def __init__(self, base: nn.Linear, slices: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.slices = tuple(slices)
         self.rank = rank
-        self.merged_weight: Tensor | None = None
+        self.register_buffer("merged_weight", None, persistent=False)
 
     @property
     def in_features(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,23 +20,29 @@ Prefixes = Mapping[int, tuple[Tensor, Tensor]]
 _KNOWN = (Attention, AttentionRope, EvaAttention)
 
 
-@contextmanager
-def prefixed(vit: Any, prefixes: Prefixes) -> Iterator[None]:
-    """For the length of one pass, the attention of some blocks reads further keys and values."""
+def check_prefixes(vit: Any, prefixes: Prefixes) -> None:
+    """Refuse prefixes for blocks that the model does not have.
+
+    Raises:
+        ValueError: that names them and the model's depth.
+    """
     depth = len(vit.blocks)
     wrong = [i for i in prefixes if not 0 <= i < depth]
     if wrong:
         raise ValueError(
             f"Expected prefixes for blocks 0..{depth - 1} but got {wrong}: choose other blocks or a deeper ViT."
         )
-    attentions = [vit.blocks[i].attn for i in prefixes]
-    for attn, prefix in zip(attentions, prefixes.values(), strict=True):
-        attn.forward = partial(prefix_attention, attn, *prefix)
+
+
+def through_block(block: Any, prefix: tuple[Tensor, Tensor] | None, x: Tensor, **kwargs: Any) -> Tensor:
+    """One block of a ViT, whose attention reads further keys and values for this once, if there are any."""
+    if prefix is None:
+        return block(x, **kwargs)
+    block.attn.forward = partial(prefix_attention, block.attn, *prefix)
     try:
-        yield
+        return block(x, **kwargs)
     finally:
-        for attn in attentions:
-            del attn.forward
+        del block.attn.forward
 
 
 def takes_prefix(attn: Any, width: int) -> bool:

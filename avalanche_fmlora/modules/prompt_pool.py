@@ -43,7 +43,7 @@ def cosines(query: Tensor, keys: Tensor) -> Tensor:
 
 def uniform(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """U(−1, 1), the start of prompts and keys of L2P and DualPrompt."""
-    return torch.rand(tuple(shape), generator=generator) * 2 - 1
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32) * 2 - 1
 
 
 def task_generator(seed: int, task: int) -> torch.Generator:

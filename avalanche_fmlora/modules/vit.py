@@ -7,6 +7,7 @@ turns queries and keys by their patch's position (DINOv3, EVA-02, Perception Enc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.adapted_linear import AdaptedLinear, LinearT
 from avalanche_fmlora.modules.factorized_lora import FactorizedLinear
 from avalanche_fmlora.modules.images import check_images
-from avalanche_fmlora.modules.prefixes import Prefixes, prefixed
+from avalanche_fmlora.modules.prefixes import Prefixes, check_prefixes, through_block
 from avalanche_fmlora.modules.prompts import insert_tokens, remove_tokens
 
 TimmViT: TypeAlias = VisionTransformer | Eva
@@ -104,17 +105,20 @@ def last_tokens(
     """
     first = len(vit.blocks) - pooled_blocks(vit, pooling)
     outputs: list[Tensor] = []
-    with prefixed(vit, prefixes or {}):
-        x, rotations = _embedded(vit, images)
-        if prompt is not None:
-            x = insert_tokens(x, prompt, vit.num_prefix_tokens)
-            rotations = _without_position(rotations, prompt.shape[-2])
-        x = vit.norm_pre(x)
-        own = rotations if getattr(vit, "rope_mixed", False) else None  # then each block has its own positions
-        for i, block in enumerate(vit.blocks):
-            x = _through(vit, block, x, rotations if own is None else own[i])
-            if i >= first:
-                outputs.append(vit.norm(x))
+    prefixes = prefixes or {}
+    check_prefixes(vit, prefixes)
+    x, rotations = _embedded(vit, images)
+    if prompt is not None:
+        x = insert_tokens(x, prompt, vit.num_prefix_tokens)
+        rotations = _without_position(rotations, prompt.shape[-2])
+    x = vit.norm_pre(x)
+    own = rotations if getattr(vit, "rope_mixed", False) else None  # then each block has its own positions
+    run = partial(checkpoint, through_block) if vit.grad_checkpointing and torch.is_grad_enabled() else through_block
+    for i, block in enumerate(vit.blocks):
+        positions = rotations if own is None else own[i]
+        x = run(block, prefixes.get(i), x, **({} if positions is None else {"rope": positions}))
+        if i >= first:
+            outputs.append(vit.norm(x))
     if prompt is None:
         return [(tokens, None) for tokens in outputs]
     return [remove_tokens(tokens, prompt.shape[-2], vit.num_prefix_tokens) for tokens in outputs]
@@ -136,13 +140,6 @@ def _without_position(rotations: Tensor | None, count: int) -> Tensor | None:
         return None
     sine = rotations.new_zeros(*rotations.shape[:-2], count, rotations.shape[-1] // 2)
     return torch.cat([torch.cat([sine, torch.ones_like(sine)], -1), rotations], -2)
-
-
-def _through(vit: TimmViT, block: nn.Module, x: Tensor, rotations: Tensor | None) -> Tensor:
-    given = {} if rotations is None else {"rope": rotations}
-    if vit.grad_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, **given)
-    return block(x, **given)
 
 
 def forward_features(

@@ -24,6 +24,7 @@ from avalanche_fmlora.modules.vit import TimmViT, check_vit, feature_dim
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
+from avalanche_fmlora.strategies.compiled import CompiledFeatures
 from avalanche_fmlora.strategies.config import MethodConfig, validate
 from avalanche_fmlora.strategies.loading import DataLoading
 from avalanche_fmlora.strategies.loss import Loss, smooths
@@ -118,11 +119,11 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         )
         self.plugins.sort(key=lambda plugin: getattr(plugin, "runs_last", False))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
-        self._compiled: tuple[ContinualNetwork, Callable[[Tensor], Tensor]] | None = None
+        self._compiled: CompiledFeatures | None = None
         self._features_of()
         self._training_classes = []
         self._at_start: tuple[Tensor, Tensor] | None = None
-        self._unscaled, self._given_tensors = [], []
+        self._unscaled, self._step_factors, self._given_tensors = [], [], []
         self._task_labels = TaskLabels()
         self.resources: list[dict[str, int]] = []
 
@@ -261,10 +262,9 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         """The model's `features`, compiled once a model if asked."""
         if not self.config.compile:
             return self.model.features
-        if self._compiled is None or self._compiled[0] is not self.model:
-            model = self.model  # up to torch 2.6, `compile` loses the owner of a method that is not to be compiled
-            self._compiled = model, torch.compile(lambda images: model.features(images))
-        return self._compiled[1]
+        if self._compiled is None or self._compiled.model is not self.model:
+            self._compiled = CompiledFeatures(self.model)
+        return self._compiled.call
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled function, which can't be pickled and, copied, would go on with this model."""
@@ -281,6 +281,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         self._at_start = None
+        if self._compiled is not None and self._compiled.outgrown():
+            self._compiled = None
         self.unmerge()
         super()._before_training_exp(**kwargs)
         for plugin in self.plugins:

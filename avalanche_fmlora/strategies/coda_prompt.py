@@ -91,7 +91,7 @@ def orthonormal_rows(earlier: Tensor, count: int, generator: torch.Generator | N
     past = earlier.double().cpu()
     basis = torch.zeros(min(size, len(past) + count), size, dtype=torch.float64)
     filled, made = 0, []
-    for row in [*past, *torch.randn(count, size, generator=generator).double()]:
+    for row in [*past, *torch.randn(count, size, generator=generator, dtype=torch.float32).double()]:
         unit = row / row.norm().clamp_min(1e-12)
         rest = unit
         for _ in range(2):  # once more against rounding
@@ -159,9 +159,9 @@ class CODAPromptPool(PromptPool):
         self.share = size // n_tasks
         self.ortho_weight = ortho_weight
         self.seed = seed
-        self.register_buffer("prompts", torch.zeros(len(blocks), size, length, dim))
-        self.register_buffer("keys", torch.zeros(len(blocks), size, dim))
-        self.register_buffer("attention", torch.zeros(len(blocks), size, dim))
+        self.register_buffer("prompts", torch.zeros(len(blocks), size, length, dim, dtype=torch.float32))
+        self.register_buffer("keys", torch.zeros(len(blocks), size, dim, dtype=torch.float32))
+        self.register_buffer("attention", torch.zeros(len(blocks), size, dim, dtype=torch.float32))
         self.register_buffer("experiences", torch.tensor(0))
         self._begun = 0  # the same number: read in every step, so no word to the device
         for name in ("active_prompts", "active_keys", "active_attention"):

@@ -106,8 +106,8 @@ class DualPromptPool(PromptPool):
         self.restrict_to_seen = restrict_to_seen
         self.seed = seed
         self.g = nn.Parameter(uniform((len(g_blocks), 2, g_length, dim)))
-        self.register_buffer("experts", torch.zeros(0, len(e_blocks), 2, e_length, dim))
-        self.register_buffer("keys", torch.zeros(0, dim))
+        self.register_buffer("experts", torch.zeros(0, len(e_blocks), 2, e_length, dim, dtype=torch.float32))
+        self.register_buffer("keys", torch.zeros(0, dim, dtype=torch.float32))
         self.register_buffer("experiences", torch.tensor(0))
         self.register_parameter("active_expert", None)
         self.register_parameter("active_key", None)

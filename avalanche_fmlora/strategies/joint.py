@@ -48,7 +48,7 @@ class JointStrategy(SeqLoRAStrategy):
         Raises:
             ValueError: when called a second time, or without an experience.
         """
-        if self.resources:
+        if self.clock.train_exp_counter:
             raise ValueError("Joint training sees all data at once: call `train` once, with the whole stream.")
         self._experiences = list(experiences) if isinstance(experiences, Iterable) else [experiences]
         if not self._experiences:

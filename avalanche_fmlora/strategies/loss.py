@@ -26,10 +26,12 @@ class Loss(SupervisedTemplate):
             ValueError: if it is not finite in an experience's first step though the logits are: a criterion that can't
                 do with −∞ for the classes that are left out.
         """
-        if not self.is_training:
-            return self._criterion(self.mb_output, self.mb_y)
         head = self.model.head
         allowed = head.seen.clone()
+        if not self.is_training:
+            allowed[self.mb_y] = True
+            cut = smooths(self._criterion) or weighs(self._criterion)
+            return self._over(allowed) if cut else self._criterion(self.mb_output, self.mb_y)
         if self.config.loss_classes == "current":
             allowed.zero_()
             allowed[head.active] = True
@@ -45,10 +47,15 @@ class Loss(SupervisedTemplate):
         return loss if extra is None else loss + extra
 
     def _over(self, allowed: Tensor) -> Tensor:
-        """The criterion over the classes `allowed`, bool [C]; what smooths labels sees no others."""
-        if not smooths(self._criterion):
+        """The criterion over the classes `allowed`, bool [C]; what smooths or weighs them sees no others."""
+        if not (smooths(self._criterion) or weighs(self._criterion)):
             return self._criterion(functional.masked_logits(self.mb_output, allowed), self.mb_y)
         columns, ce = allowed.nonzero().squeeze(1), self._criterion
+        if ce.weight is not None and len(ce.weight) < len(allowed):
+            raise ValueError(
+                f"Expected a weight for each of the {len(allowed)} classes so far but CrossEntropyLoss has "
+                f"{len(ce.weight)}: give it one for each class that will come."
+            )
         return F.cross_entropy(
             self.mb_output[:, columns],
             torch.searchsorted(columns, self.mb_y),
@@ -61,6 +68,11 @@ class Loss(SupervisedTemplate):
 def smooths(criterion: Any) -> bool:
     """Whether it is torch's cross-entropy with label smoothing."""
     return isinstance(criterion, nn.CrossEntropyLoss) and bool(criterion.label_smoothing)
+
+
+def weighs(criterion: Any) -> bool:
+    """Whether it is torch's cross-entropy with a weight for each class."""
+    return isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None
 
 
 def _name(criterion: Any) -> str:

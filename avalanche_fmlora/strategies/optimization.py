@@ -24,6 +24,7 @@ class Optimization(SupervisedTemplate):
     _passes_optimizer: bool
     _scaler: torch.amp.GradScaler
     _unscaled: list[tuple[dict[str, Any], float]]
+    _step_factors: list[tuple[dict[str, Any], float]]
     _given_tensors: list[nn.Parameter]
 
     def rates(self) -> dict[str, float]:
@@ -33,7 +34,8 @@ class Optimization(SupervisedTemplate):
     def scale_rate(self, group: str, factor: float) -> None:
         """Multiply a group's learning rate, for the current experience only.
 
-        An optimizer without a group of that name keeps its rates, and a warning says so.
+        Where the user schedules the rates, a scheduler may set them anew at any time, so each step multiplies them. An
+        optimizer without a group of that name keeps its rates, and a warning says so.
         """
         named = [g for g in self.optimizer.param_groups if g.get("name") == group]
         if not named:
@@ -44,6 +46,9 @@ class Optimization(SupervisedTemplate):
                 factor,
             )
         for g in named:
+            if self.has_scheduler():
+                self._step_factors.append((g, factor))
+                continue
             self._unscaled.append((g, g["lr"]))
             g["lr"] = g["lr"] * factor
 
@@ -56,6 +61,7 @@ class Optimization(SupervisedTemplate):
         for group, rate in reversed(self._unscaled):
             group["lr"] = rate
         self._unscaled.clear()
+        self._step_factors.clear()
         groups = self.model.parameter_groups()
         self._check_names(groups)
         self._given_tensors = refresh_optimizer(self.optimizer, self.model, groups, self._given_tensors)
@@ -86,7 +92,14 @@ class Optimization(SupervisedTemplate):
         if self.config.clip_grad_norm is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_grad_norm)
-        self._scaler.step(self.optimizer)
+        scheduled = [(group, group["lr"]) for group, _ in self._step_factors]
+        for group, factor in self._step_factors:
+            group["lr"] = group["lr"] * factor
+        try:
+            self._scaler.step(self.optimizer)
+        finally:
+            for group, rate in scheduled:
+                group["lr"] = rate
         self._scaler.update()
 
     def _after_training_exp(self, **kwargs: Any) -> None:

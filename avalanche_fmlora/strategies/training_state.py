@@ -67,6 +67,7 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
     _load_model_state(strategy, state["model"])
     load_optimizer_state(strategy.optimizer, strategy.model, state["optimizer"], strategy._given_tensors)
     strategy._unscaled.clear()
+    strategy._step_factors.clear()
     strategy._scaler.load_state_dict(state["scaler"])
     strategy.resources = list(state["resources"])
     load_object_state(strategy.clock, state["clock"])
