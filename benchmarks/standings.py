@@ -49,7 +49,7 @@ def table(results: Path) -> str:
 
 
 def _cells(records: Path) -> list[Cell]:
-    runs = _best_settings([record for record in read_records(records) if record["config"]["label"] is None])
+    runs = best_settings([record for record in read_records(records) if record["config"]["label"] is None])
     means = {row["method"]: row for row in summary_rows(runs)}
     pairs = {(row["method"], row["metric"]): row for row in paired_rows(runs, "fm_lora")}
     ours, joint = means.pop("fm_lora"), means.pop("joint", None)
@@ -66,7 +66,7 @@ def _cells(records: Path) -> list[Cell]:
     ]
 
 
-def _best_settings(records: Sequence[Record]) -> list[Record]:
+def best_settings(records: Sequence[Record]) -> list[Record]:
     """Of a method with several settings, the runs of the one with the highest mean."""
     ordered = sorted(summary_rows(records), key=lambda row: float(row[f"{FAA}_mean"]))
     best = {row["method"]: row["label"] for row in ordered}
