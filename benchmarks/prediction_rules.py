@@ -8,7 +8,7 @@ whitening with shrinkage λ, by the covariance of the current experience alone (
 of the past (nothing but rows kept; one λ, 0.3 unless `whitening=…` says otherwise) or by the mean over all experiences
 so far (D x D numbers kept). Two more rules see what no method may, all training images so far under the model as it is:
 their covariance, and their class means as well; what they gain says what forgetting costs, and what is left is the
-features'. Rows go to the CSV; those of the same data, method and options are replaced.
+features'. Rows go to the CSV; those of the same run, by its id, are replaced.
 Without methods, the CSV is printed as a table.
 """
 

@@ -7,7 +7,7 @@ which no method may. In between they are moved by the ridge map of the drift, fi
 on these and others of them that were moved toward the old means before, or, which no method may either, on all images
 of the past: what a linear map can do at best. The error is that of the moved means over that of means left where they
 were (squares, summed over classes): 1 for no transport, 0 for a perfect one. Rows go to the CSV; those of the same
-data, method, options and experience are replaced. Without a method, it is printed as a table.
+run, by its id, and experience are replaced. Without a method, it is printed as a table.
 """
 
 from __future__ import annotations

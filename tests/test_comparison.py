@@ -58,6 +58,19 @@ def test_a_script_that_is_read_anew_by_its_workers_is_told_what_to_write(tmp_pat
     assert not list(tmp_path.rglob("*.json")), "nothing was started, so nothing failed"
 
 
+def test_workers_end_when_the_call_is_stopped_while_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(worker: Any) -> Any:
+        raise KeyboardInterrupt
+
+    killed: list[Any] = []
+    monkeypatch.setattr("avalanche_fmlora.executors.local._Worker.start", stopped)
+    monkeypatch.setattr("avalanche_fmlora.executors.local._Worker.kill", lambda worker: killed.append(worker))
+    with pytest.raises(KeyboardInterrupt):
+        compare(["ncm"], class_order_seeds=[0, 1], **SMALL, out=tmp_path, jobs=2)
+    assert len(killed) == 2
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_a_failure_is_said_and_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

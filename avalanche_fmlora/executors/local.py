@@ -81,9 +81,11 @@ class Processes:
         try:
             for start in [worker.start() for worker in workers]:
                 start.result()
-        except BrokenProcessPool:
+        except BaseException as error:
             for worker in workers:
                 worker.kill()
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise ValueError(
                 "Worker processes can't start: a script has to call this below `if __name__ == '__main__':`, as each "
                 "of them reads the script anew. With jobs=1 it runs in this process."

@@ -119,7 +119,7 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         )
         self.plugins.sort(key=lambda plugin: getattr(plugin, "runs_last", False))
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
-        self._compiled: CompiledFeatures | None = None
+        self._compiled = CompiledFeatures()
         self._features_of()
         self._training_classes = []
         self._at_start: tuple[Tensor, Tensor] | None = None
@@ -260,15 +260,11 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
 
     def _features_of(self) -> Callable[[Tensor], Tensor]:
         """The model's `features`, compiled once a model if asked."""
-        if not self.config.compile:
-            return self.model.features
-        if self._compiled is None or self._compiled.model is not self.model:
-            self._compiled = CompiledFeatures(self.model)
-        return self._compiled.call
+        return self._compiled.of(self.model) if self.config.compile else self.model.features
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled function, which can't be pickled and, copied, would go on with this model."""
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": CompiledFeatures()}
 
     def features_at_start(self) -> tuple[Tensor, Tensor]:
         """Features [M, D] and labels [M] of the experience that begins, before it trains.
@@ -281,8 +277,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         self._at_start = None
-        if self._compiled is not None and self._compiled.outgrown():
-            self._compiled = None
+        if self.config.compile:
+            self._compiled.begin(self.model)
         self.unmerge()
         super()._before_training_exp(**kwargs)
         for plugin in self.plugins:

@@ -30,8 +30,7 @@ class Loss(SupervisedTemplate):
         allowed = head.seen.clone()
         if not self.is_training:
             allowed[self.mb_y] = True
-            cut = smooths(self._criterion) or weighs(self._criterion)
-            return self._over(allowed) if cut else self._criterion(self.mb_output, self.mb_y)
+            return self._over(allowed) if _cuts(self._criterion) else self._criterion(self.mb_output, self.mb_y)
         if self.config.loss_classes == "current":
             allowed.zero_()
             allowed[head.active] = True
@@ -48,7 +47,7 @@ class Loss(SupervisedTemplate):
 
     def _over(self, allowed: Tensor) -> Tensor:
         """The criterion over the classes `allowed`, bool [C]; what smooths or weighs them sees no others."""
-        if not (smooths(self._criterion) or weighs(self._criterion)):
+        if not _cuts(self._criterion):
             return self._criterion(functional.masked_logits(self.mb_output, allowed), self.mb_y)
         columns, ce = allowed.nonzero().squeeze(1), self._criterion
         if ce.weight is not None and len(ce.weight) < len(allowed):
@@ -70,9 +69,9 @@ def smooths(criterion: Any) -> bool:
     return isinstance(criterion, nn.CrossEntropyLoss) and bool(criterion.label_smoothing)
 
 
-def weighs(criterion: Any) -> bool:
-    """Whether it is torch's cross-entropy with a weight for each class."""
-    return isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None
+def _cuts(criterion: Any) -> bool:
+    """Whether it is torch's cross-entropy that smooths labels or weighs classes: given those that take part alone."""
+    return smooths(criterion) or (isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None)
 
 
 def _name(criterion: Any) -> str:
