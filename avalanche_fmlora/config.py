@@ -62,6 +62,11 @@ class RunConfig(StrictModel):
         benchmark = values.get("benchmark") if isinstance(values, dict) else None
         plain = benchmark.model_dump() if isinstance(benchmark, BenchmarkConfig) else benchmark
         if isinstance(plain, dict) and plain.get("domain_order") is not None:
+            if values.get("class_order_seed") not in (None, 0):
+                raise ValueError(
+                    "`benchmark.domain_order` fixes the order, so a `class_order_seed` other than 0 has none to draw: "
+                    "leave one of both out, or compare several orders as `grid: {benchmark.domain_order: [[…], […]]}`."
+                )
             return {**values, "class_order_seed": None}
         return values
 

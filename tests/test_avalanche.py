@@ -116,6 +116,7 @@ def test_lwf_adds_a_term_from_the_second_experience_on(make_strategy: Any, train
     strategy = train(make_strategy("fm_lora", plugins=[lwf], distillation=0.0, lr_core=0.05), class_benchmark)
     assert set(terms[0]) == {0.0}
     assert all(max(t) > 1e-4 and all(math.isfinite(x) for x in t) for t in terms[1:])
+    assert all(abs(t[0]) < 1e-6 for t in terms[1:]), "teacher and student start alike"
     teacher = lwf.lwf.prev_model
     images = class_benchmark.test_stream[0].dataset.eval()[0][0][None]
     with torch.no_grad():

@@ -12,6 +12,7 @@ from avalanche_fmlora.planning import plan
 from avalanche_fmlora.results.record import blank_record, run_id, write_record
 from avalanche_fmlora.resuming import known_record
 from avalanche_fmlora.strategies.config import validate
+from avalanche_fmlora.strict import load_yaml
 from avalanche_fmlora.sweep import sweep
 
 
@@ -215,3 +216,15 @@ def test_a_flag_replaces_no_value_of_another_kind() -> None:
     assert built.n_experiences is None, "what was given is left alone"
     (run,) = expand({"methods": [{"method": "fm_lora", "rank_selection": None}]}, [("rank_selection.sigma", 0.5)])
     assert run.method_options["rank_selection"]["sigma"] == 0.5
+
+
+@pytest.mark.parametrize("text", ["1:5", "0:30", "1:30.5", "0o17", "08"])
+def test_numbers_of_old_yaml_are_text(text: str) -> None:
+    """YAML 1.1 reads 1:30 as 90: `--class-orders 1:5` was order 65."""
+    assert load_yaml(text) == text
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    read = load_yaml("[0, -3, +4, 1_000, 0x1F, 1e-3, 1.5e3, .5, 1., 7.0e-4, -.inf]")
+    assert read == [0, -3, 4, 1000, 31, 1e-3, 1500.0, 0.5, 1.0, 7e-4, float("-inf")]
+    assert [type(value) for value in read] == [int] * 5 + [float] * 6

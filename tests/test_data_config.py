@@ -13,6 +13,7 @@ from avalanche_fmlora.config import located as located_run
 from avalanche_fmlora.data import published
 from avalanche_fmlora.data.config import BenchmarkConfig
 from avalanche_fmlora.experiment import make_backbone, make_benchmark
+from avalanche_fmlora.grid import expand
 
 PUBLISHED = ("split_cifar100", "split_imagenet_r", "split_cub200", "domainnet", "domainnet_cil")
 
@@ -53,7 +54,12 @@ def test_arguments_are_those_of_the_builder() -> None:
 def test_the_order_of_domains_is_given_or_drawn() -> None:
     config = make_run({"benchmark": {"name": "domainnet", "domain_order": ["real", "sketch"]}})
     assert (config.benchmark.domain_order, config.class_order_seed) == (("real", "sketch"), None)
-    assert RunConfig(benchmark=config.benchmark, class_order_seed=3).class_order_seed is None
+    several = {"benchmark": {"name": "domainnet", "domain_order": ["real", "sketch"]}, "class_order_seeds": [0, 1]}
+    with pytest.raises(ValueError, match=r"fixes the order, so a `class_order_seed` other than 0 has none to draw"):
+        expand({"methods": ["ncm"], **several})
+    orders = {"benchmark": {"name": "domainnet"}, "grid": {"benchmark.domain_order": [["real"], ["sketch"]]}}
+    assert [c.benchmark.domain_order for c in expand({"methods": ["ncm"], **orders})] == [("real",), ("sketch",)]
+    assert RunConfig(benchmark=config.benchmark).class_order_seed is None
     assert make_run({"benchmark": {"name": "domainnet"}, "class_order_seed": 3}).class_order_seed == 3
 
 

@@ -113,12 +113,12 @@ def test_a_missing_file() -> None:
 
 def test_values_on_the_command_line() -> None:
     assert read_list("8,16") == [8, 16]
-    assert read_list("bf16,null,1e-3,0.5") == ["bf16", None, "1e-3", 0.5]
+    assert read_list("bf16,null,1e-3,0.5") == ["bf16", None, 0.001, 0.5]
     assert read_list("[[0, 1], [2]]") == [[0, 1], [2]]
     assert read_pairs("--grid", ["fm_lora.lr-head=1=2", "a=b"]) == {"fm_lora.lr_head": "1=2", "a": "b"}
     words = ["--path", "photos #2", "--label=1:30", "--backbone.weights", "null", "--rank", "8 # few", "--lr-head=1e-3"]
     assert read_flags(words) == [
-        ("path", "photos #2"), ("label", "1:30"), ("backbone.weights", None), ("rank", 8), ("lr_head", "1e-3"),
+        ("path", "photos #2"), ("label", "1:30"), ("backbone.weights", None), ("rank", 8), ("lr_head", 0.001),
     ]  # fmt: skip
     parts = (RunConfig, BenchmarkConfig, BackboneConfig, TrainingConfig)
     plain = {n for c in parts for n, f in c.model_fields.items() if f.annotation in (str | None, Path | None)}

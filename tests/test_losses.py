@@ -109,3 +109,37 @@ def test_weights_of_all_classes_that_will_come(
     assert not torch.allclose(rows(torch.arange(1.0, 7.0)), rows(None), atol=1e-3)
     with pytest.raises(ValueError, match="a weight for each of the 4 classes so far but CrossEntropyLoss has 2"):
         rows(torch.ones(2))
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(2)])
+def test_a_subclass_of_cross_entropy_computes_its_own_loss(
+    weight: Any, make_strategy: Any, class_benchmark: Any
+) -> None:
+    class Halved(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            self.calls += 1
+            return 0.5 * super().forward(logits, labels)
+
+    losses, criterion = Losses(), Halved(weight=weight)
+    strategy = make_strategy("linear_probe", criterion=criterion, plugins=[losses], train_epochs=1)
+    strategy.train(class_benchmark.train_stream[0])
+    assert criterion.calls == len(losses.all)
+    assert losses.all[0] == pytest.approx(0.5 * math.log(2), rel=1e-4)
+
+
+def test_ignored_labels_stay_ignored_among_the_classes_that_take_part() -> None:
+    logits, labels = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 2, 3, 0])
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=2)
+    part = SimpleNamespace(_criterion=criterion, mb_output=logits, mb_y=labels)
+    loss = Loss._over(part, torch.tensor([True, False, True, True]))  # type: ignore[arg-type]
+    kept = [0, 3, 4]
+    expected = F.cross_entropy(logits[kept][:, [0, 2, 3]], torch.tensor([0, 2, 0]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_loss_of_several_numbers_is_named(make_strategy: Any, class_benchmark: Any) -> None:
+    strategy = make_strategy("linear_probe", criterion=nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match=r"one number but CrossEntropyLoss gives \(\d+,\): .*reduction='mean'"):
+        strategy.train(class_benchmark.train_stream[0])

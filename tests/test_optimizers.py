@@ -261,3 +261,26 @@ def test_clipping_bounds_the_gradient_of_all_that_trains(make_strategy: Any, tra
         train(make_strategy("fm_lora", plugins=[Norm()], clip_grad_norm=bound), class_benchmark, n=2)
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
     assert norms[1e6] > 1e-2
+
+
+def test_what_an_optimizer_of_ones_own_makes_of_names_and_rates_is_said(
+    make_vit: Callable[..., Any], make_strategy: Any, caplog: Any
+) -> None:
+    def warnings(groups: Any, **options: Any) -> str:
+        caplog.clear()
+        make_strategy("seq_lora", vit, optimizer=torch.optim.AdamW(groups, lr=1e-3), **options)
+        return str(caplog.text)
+
+    vit = make_vit()
+    two = [{"params": vit.blocks.parameters(), "lr": 1e-5}, {"params": vit.norm.parameters(), "lr": 1e-2}]
+    assert (
+        "2 groups, and none named bases, head: what trains under these names goes to the first, at its rate 1e-05"
+        in (warnings(two))
+    )
+    vit = make_vit()
+    assert "lr_head has no effect beside an optimizer of your own" in warnings(vit.parameters(), lr_head=0.5)
+    vit = make_vit()
+    named = [{"params": [p], "name": name} for name, p in zip(("bases", "head"), vit.norm.parameters(), strict=True)]
+    assert not warnings(named)
+    vit = make_vit()
+    assert not warnings(vit.parameters())

@@ -242,3 +242,9 @@ def test_the_csv_has_the_reference_that_was_asked_for(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, ["table", str(tmp_path), "--csv-to", str(tmp_path / "none"), "--paired", "nobody"])
     assert wrong.exit_code == 1
     assert not (tmp_path / "none").exists(), "nothing half-written"
+
+
+def test_a_reference_without_a_finished_run_is_named() -> None:
+    records = [make(method="fm_lora", error="boom"), make(0.5, method="ncm"), make(0.4, method="l2p")]
+    with pytest.raises(ValueError, match=r"No run of 'fm_lora' is finished: .* compare with one of \['l2p', 'ncm'\]"):
+        paired_rows(records, "fm_lora")

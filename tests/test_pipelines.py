@@ -328,6 +328,14 @@ def test_a_model_that_starts_anew_on_gdumbs_memory_learns_all_its_classes(
         assert int(strategy.model.lora.experiences) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated function update:DeprecationWarning")  # GDumb's own
+def test_gdumbs_memory_gives_means_of_all_domains(make_strategy: Any, domain_benchmark: Any, train: Any) -> None:
+    counts: list[list[int]] = []
+    strategy = make_strategy("ncm", plugins=[GDumbPlugin(9)])
+    train(strategy, domain_benchmark, after=lambda s: counts.append(s.model.head.counts.tolist()))
+    assert counts == [[3] * 3] * 3
+
+
 def test_joint_training_looks_at_all_task_labels(make_strategy: Any, caplog: pytest.LogCaptureFixture) -> None:
     sets = [
         _make_taskaware_classification_dataset(Labelled((0, 1)), task_labels=[t] * 12, targets=[0] * 6 + [1] * 6)

@@ -233,7 +233,7 @@ def test_short_names_are_full_tags_of_timm() -> None:
     assert not set(SHORT_NAMES) & set(timm.list_models())
     assert full_name("vit_b16_in21k_ft_in1k") == "vit_base_patch16_224.augreg_in21k_ft_in1k"
     assert full_name("vit_b16_in21k") == "vit_base_patch16_224.augreg_in21k"
-    assert BackboneConfig(name="clip_b16").name == "vit_base_patch16_clip_224.openai"
+    assert BackboneConfig(name="clip_b16").name == "vit_base_patch16_clip_quickgelu_224.openai"
     run = make_run({"backbone": {"name": "vit_b16_in21k"}, "method": "ncm"})
     assert run.identity() == make_run({"backbone": {"name": full_name("vit_b16_in21k")}, "method": "ncm"}).identity()
 

@@ -157,3 +157,31 @@ def test_a_loaded_strategy_goes_on_counting(trained: Any, make_strategy: Any, tm
     fresh.load(path)
     assert int(fresh.model.prompt.experience) == int(trained.model.prompt.experience) > 0
     assert float(fresh.model.lora.first_complexity) == float(trained.model.lora.first_complexity) >= 0
+
+
+def test_other_weights_of_the_backbone_are_refused(
+    make_vit: Callable[..., Any], make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    path = train(make_strategy("seq_lora", make_vit()), class_benchmark, n=1).save(tmp_path / "a.safetensors")
+    other = make_vit()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"around other weights of the backbone \(float32 \w+\) .*float32"):
+        make_strategy("seq_lora", other).load(path)
+    make_strategy("seq_lora", make_vit()).load(path)
+    make_strategy("seq_lora", make_vit().double()).load(path)  # which may be the same in another precision
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "l2p", "seq_lora"])
+def test_a_state_dict_fits_a_network_that_has_not_trained(
+    name: str, make_vit: Callable[..., Any], make_strategy: Any, train: Any, class_benchmark: Any
+) -> None:
+    trained = train(make_strategy(name, make_vit()), class_benchmark, n=2)
+    fresh = make_strategy(name, make_vit())
+    state = trained.model.state_dict()
+    before = list(state)
+    fresh.model.load_state_dict(state)
+    assert list(state) == before
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.model.eval()(images), trained.model.eval()(images))

@@ -125,10 +125,14 @@ def load_state(model: Any, state: dict[str, Tensor], config: BackboneConfig) -> 
     )
 
 
+_PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight")
+"""How names of the patch embedding end: timm's (also below a prefix), and OpenAI's."""
+
+
 def _check_patch(model: Any, state: dict[str, Tensor], config: BackboneConfig, where: str) -> None:
     """ValueError if the file's patch has another size: timm would resample it without a word."""
-    key = "patch_embed.proj.weight"
-    own, given = dict(model.named_parameters()).get(key), state.get(key)
+    own = dict(model.named_parameters()).get(_PATCHES[0])
+    given = next((tensor for key, tensor in state.items() if key.endswith(_PATCHES)), None)
     if own is None or given is None or given.ndim != 4 or given.shape[2:] == own.shape[2:]:
         return
     if "patch_size" not in config.model_args:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from avalanche_fmlora.backbones.config import BackboneConfig
 from avalanche_fmlora.backbones.files import file_sha256, first_line, load_state, read_state, state_sha256
@@ -75,6 +76,7 @@ def load_backbone(config: BackboneConfig | str) -> Backbone:
         digest = state_sha256(model.state_dict())
     mean, std = _normalisation(config, model)
     _warn_of_a_guess(config, mean, std)
+    _warn_of_another_activation(config, model)
     logger.info("Backbone %s, %d px, sha256 %s", tag, size, digest[:8])
     return Backbone(model.float().eval(), tag, digest, size, mean, std)
 
@@ -167,9 +169,11 @@ def _from_hub(name: str, config: BackboneConfig) -> Any:
             raise ValueError(
                 f"The weights of {name} don't fit model_args={config.model_args}: {first_line(error)}"
             ) from error
+        cfg = timm.get_pretrained_cfg(name)
+        hub = (cfg and cfg.hf_hub_id) or f"timm/{name}"
         raise FileNotFoundError(
             f"The weights of {name} can't be fetched ({type(error).__name__}: {first_line(error)}). Without a network, "
-            f"fetch model.safetensors of huggingface.co/timm/{name} elsewhere and give the file: --backbone {name} "
+            f"fetch model.safetensors of huggingface.co/{hub} elsewhere and give the file: --backbone {name} "
             f"--weights /path/to/model.safetensors, or BackboneConfig(name={name!r}, weights=...)."
         ) from error
 
@@ -205,6 +209,19 @@ def _warn_of_a_guess(config: BackboneConfig, mean: tuple[float, ...], std: tuple
             "this architecture, as %s, were trained with others. Write `%s.<tag>`, or give `mean` and `std`.",
             config.weights.name, config.name, mean, std, len(others), len(cfgs), others[0], config.name,
         )  # fmt: skip
+
+
+def _warn_of_another_activation(config: BackboneConfig, model: Any) -> None:
+    """Say so where weights that were trained with QuickGELU stand in a model with GELU, as timm loads them too."""
+    if config.name == EMBEDDED or not (config.pretrained or config.weights):
+        return
+    notes = " ".join(model.pretrained_cfg.get("notes") or ())
+    if "QuickGELU" in notes and type(model.blocks[0].mlp.act) is nn.GELU:
+        logger.warning(
+            "%s computes with GELU what was trained with QuickGELU, so its features are not the published ones. Write "
+            "the name with `quickgelu`: `timm.list_models('*quickgelu*')` lists them.",
+            config.name,
+        )
 
 
 def _normalisation(config: BackboneConfig, model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

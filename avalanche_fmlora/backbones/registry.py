@@ -19,7 +19,7 @@ SHORT_NAMES = {
     "dinov2_s14_reg": "vit_small_patch14_reg4_dinov2.lvd142m",
     "dinov3_b16": "vit_base_patch16_dinov3.lvd1689m",
     "dinov3_s16": "vit_small_patch16_dinov3.lvd1689m",
-    "clip_b16": "vit_base_patch16_clip_224.openai",
+    "clip_b16": "vit_base_patch16_clip_quickgelu_224.openai",
 }
 """Short name -> `architecture.tag` of timm."""
 

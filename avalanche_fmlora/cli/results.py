@@ -71,7 +71,8 @@ def plot(folder: Path, kind: str, to: Path | None, ending: str | None, methods: 
     with user_errors():
         from avalanche_fmlora.results.figures import draw, save
 
-        figures = draw(_only(read_folder(folder), methods), list(KINDS) if kind == "all" else [kind])
+        records = read_folder(folder)
+        figures = draw(records, list(KINDS) if kind == "all" else [kind], _only(records, methods))
         skipped = {name: error for name, error in figures.items() if isinstance(error, str)}
         drawn = {name: figure for name, figure in figures.items() if not isinstance(figure, str)}
         if not drawn:
@@ -108,12 +109,12 @@ def report(folder: Path, to: Path | None, title: str | None, reference: str | No
         click.echo(write_atomically(to or folder / "report.html", page))
 
 
-def _only(records: list[Record], methods: str | None) -> list[Record]:
-    """Those of the methods that are named by method, label, or both as in tables (``rank=8``, ``fm_lora rank=8``)."""
+def _only(records: list[Record], methods: str | None) -> set[str] | None:
+    """Ids of the records of those that are named by method, label, or both as in tables (``fm_lora rank=8``)."""
     from avalanche_fmlora.results.grouping import runs_of
 
     if methods is None:
-        return records
+        return None
     wanted = {name.strip() for name in next(csv.reader([methods], skipinitialspace=True))}
     names = [
         (r.record, {r.record["config"]["method"], r.record["config"]["label"], r.label, r.name})
@@ -122,7 +123,7 @@ def _only(records: list[Record], methods: str | None) -> list[Record]:
     there = {name for _, own in names for name in own if name}
     if wanted - there:
         raise ValueError(f"Expected --methods to be among {sorted(there)} but got {sorted(wanted - there)}.")
-    return [record for record, own in names if own & wanted]
+    return {record["id"] for record, own in names if own & wanted}
 
 
 def read_folder(folder: Path) -> list[Record]:

@@ -25,6 +25,8 @@ LAYOUTS = (
 
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm tga jp2 avif"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+_UNREAD = "heic heif hif jxl svg psd dng cr2 cr3 nef arw raf orf"
+UNREAD_SUFFIXES = frozenset(f".{suffix}" for suffix in _UNREAD.split())
 SPLITS = ("train", "test")
 
 _SKIPPED_NAMES = {"__macosx", "thumbs.db", "desktop.ini"}
@@ -211,6 +213,7 @@ def placed_images(source: Source) -> list[Placed]:
     depth = _wrapping_depth(source)
     images: list[Placed] = []
     strays: list[str] = []
+    unread: list[str] = []
     class_folders: dict[str, int] = {}
     for parts in [tuple(f.split("/"))[depth:] for f in source.folders]:
         if _place(parts):
@@ -218,7 +221,10 @@ def placed_images(source: Source) -> list[Placed]:
     for entry in source.entries:
         parts = entry.parts[depth:]
         place = _place(parts[:-1])
-        is_image = Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
+        suffix = Path(entry.name).suffix.lower()
+        is_image = suffix in IMAGE_SUFFIXES
+        if place and suffix in UNREAD_SUFFIXES:
+            unread.append("/".join(parts))
         if place:
             folder = "/".join(parts[:-1])
             class_folders[folder] = class_folders.get(folder, 0) + is_image
@@ -232,6 +238,11 @@ def placed_images(source: Source) -> list[Placed]:
         raise ValueError(
             f"{len(strays)} of {len(strays) + len(images)} images in '{what}' are in no class folder: {some(strays)}. "
             f"Expected {LAYOUTS}."
+        )
+    if unread:
+        raise ValueError(
+            f"{len(unread)} images in '{what}' are of kinds that can't be read here: {some(unread)}. Convert them, to "
+            "JPEG or PNG say, or remove them."
         )
     bare = sorted(folder for folder, count in class_folders.items() if not count)
     if bare:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+_LOG = logging.getLogger(__name__)
 
 # Only formats that PIL decodes by itself: EPS, for one, would start Ghostscript on a stranger's file.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -85,9 +89,16 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 def _opened(data: bytes) -> Image.Image:
     with _open(data) as opened:
         opened.load()
-        if opened.format == "TIFF" and opened.mode == "I" and int(np.asarray(opened).max()) < 256:
-            raise ValueError("32-bit pixels up to 255 may mean 8 bits or a dark image: save it with 8 or 16 bits")
         return _to_rgb(ImageOps.exif_transpose(opened))
+
+
+@functools.cache
+def _warn_once(bits: int) -> None:
+    _LOG.warning(
+        "An image of 16 bits a pixel has none above %d: if its camera has %d bits, it is nearly black: 65535 is white. "
+        "Scale such images to 16 bits (said once).",
+        2**bits - 1, bits,
+    )  # fmt: skip
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -97,6 +108,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels exceed 0..65535: save the image with 8 or 16 bits")
+        if 0 < values.max() < 256:
+            raise ValueError("16- or 32-bit pixels up to 255 may mean 8 bits or a dark image: save it with 8 bits")
+        if 0 < values.max() < 4096:
+            _warn_once(int(values.max()).bit_length())
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -56,7 +56,8 @@ def image_folder(
 
     `train/<class>/<image>` with `test/<class>/<image>` is class-incremental, `<domain>/train/<class>/<image>` with
     `<domain>/test/<class>/<image>` is domain-incremental. Classes and domains are ordered by name. A zip is read in
-    place; one folder around everything is tolerated. Hidden files and files that are no images are passed over.
+    place; one folder around everything is tolerated. Hidden files and files that are no images are passed over;
+    images that can't be read (HEIC, SVG, raw) are refused.
 
     Args:
         path: a folder or a .zip.

@@ -152,6 +152,10 @@ class IncrementalHead(nn.Module):
         self.folded = rows.to(self.rows)
         self.before = self.before[:0]
 
+    def unfold(self) -> None:
+        """Predict with `rows` again, as in training: for a copy that a model in training is compared with."""
+        self.folded = self.folded[:0]
+
     @torch.no_grad()
     def keep_means(self) -> None:
         """Keep the class means, which `rows` are now, apart from rows: classes recur, and theirs will train on."""

@@ -229,6 +229,18 @@ class ContinualNetwork(nn.Module):
             self.lora.unmerge()
         self.load_state_dict(state, strict=False)
 
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """The backbone's own tensors under timm's names."""
+        tensors = self.vit.state_dict()
+        return {name.replace(".base.", "."): tensors[name] for name in backbone_parameter_names(self.vit)}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        """A network that has not trained yet has no rank selector to load: each experience sets it anew."""
+        if self.selector is None:
+            for name in [name for name in state_dict if name.startswith(f"{prefix}selector.")]:
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def stored_parameters(self) -> int:
         """Numbers kept between experiences besides backbone and head; all parameters of a subclass's own parts."""
         total = self.lora.stored_parameters() if self.lora is not None else 0

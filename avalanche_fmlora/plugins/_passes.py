@@ -10,17 +10,20 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 
-def training_images(strategy: Any, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def training_images(
+    strategy: Any, limit: int | None = None, batch_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (images, labels) of the current experience, in a fixed order, with the evaluation transform.
 
     Args:
         strategy: one of this package's strategies, in training.
         limit: at most that many samples, evenly spread over the experience; None means all.
+        batch_size: images a batch; as in an evaluation if None.
     """
     dataset = strategy.training_dataset()
     if limit is not None and len(dataset) > limit:
         dataset = Subset(dataset, spread(len(dataset), limit).tolist())
-    yield from strategy.batches(dataset)
+    yield from strategy.batches(dataset, batch_size)
 
 
 def spread(size: int, limit: int) -> Tensor:

@@ -118,7 +118,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         rows = self._past_rows(strategy.model.head)
         targets, index = adversarial.nearest_pairs(rows, features, min(self.samples, len(features)))
         images = chosen_images(strategy, index)
-        size = strategy.eval_mb_size
+        size = strategy.gradient_mb_size()
         self._moved = [
             adversarial.moved_images(strategy.features, some, rows[t])
             for some, t in zip(images.split(size), targets.split(size), strict=True)

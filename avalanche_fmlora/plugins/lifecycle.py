@@ -7,6 +7,9 @@ import math
 from typing import Any, Literal
 
 from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import LwFPlugin
+
+from avalanche_fmlora.modules.network import ContinualNetwork
 
 _LOG = logging.getLogger(__name__)
 
@@ -14,8 +17,16 @@ _LOG = logging.getLogger(__name__)
 class ExperiencePlugin(SupervisedPlugin):
     """Closes each experience before any plugin of the user sees its end: absorbs the update, closes the head.
 
-    It stands behind the plugins that decide on the update and in front of the user's own.
+    It stands behind the plugins that decide on the update and in front of the user's own. LwF's copy of the model, with
+    which one in training is compared, gets the rows that train, not those for prediction.
     """
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Let teachers see the rows that the student trains."""
+        for plugin in strategy.plugins:
+            teacher = plugin.lwf.prev_model if isinstance(plugin, LwFPlugin) else None
+            if isinstance(teacher, ContinualNetwork):
+                teacher.head.unfold()
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Absorb with the strategy's step; trained rows join the past."""

@@ -175,7 +175,7 @@ class RankSelectionPlugin(SupervisedPlugin):
             layer.core = layer.core.detach().requires_grad_(True)
         try:
             with torch.enable_grad():
-                for images, y in training_images(strategy, self.max_samples):
+                for images, y in training_images(strategy, self.max_samples, strategy.gradient_mb_size()):
                     target = torch.tensor([slot[int(c)] for c in y], device=y.device)
                     cosines = F.normalize(strategy.features(images).float(), dim=-1) @ rows.T
                     F.cross_entropy(strategy.model.head.scale * cosines, target, reduction="sum").backward()

@@ -103,7 +103,7 @@ def paired_rows(records: Iterable[Record], reference: str | None = None) -> list
             there), else the competing method of the highest final average accuracy.
 
     Raises:
-        ValueError: if no method, or more than one of a protocol, is called so.
+        ValueError: if no method, or more than one of a protocol, is called so, or none of its runs is finished.
     """
     protocols: dict[str, list[list[Run]]] = {}
     for group in groups_of(records):
@@ -164,9 +164,12 @@ def _called(group: Sequence[Run], name: str) -> bool:
 
 
 def _check_name(name: str, groups: Sequence[Sequence[Run]]) -> None:
-    if not any(_called(group, name) for group in groups):
-        there = sorted({group[0].name for group in groups})
+    there = sorted({group[0].name for group in groups if any(run.finished for run in group)})
+    called = [group for group in groups if _called(group, name)]
+    if not called:
         raise ValueError(f"Expected the reference to be one of {there} but got {name!r}.")
+    if not any(run.finished for group in called for run in group):
+        raise ValueError(f"No run of {name!r} is finished: mend and rerun it, or compare with one of {there}.")
 
 
 def _reference(groups: Sequence[Sequence[Run]], name: str | None) -> Sequence[Run] | None:

@@ -51,6 +51,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         criterion: of (logits [B, C], labels [B]); logits of classes left out of the loss are −∞ there. The label
             smoothing of torch's cross-entropy is over the classes that take part.
         train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every, peval_mode: as in Avalanche.
+            Passes with gradients beside the steps have batches of the smaller of both sizes. Evaluations within an
+            experience (`eval_every`) predict by the rows in training: whitened ones are there when it is over.
         options: fields of the configuration class, as ``rank=16``.
 
     Raises:
@@ -97,7 +99,9 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
             if not isinstance(count, Integral) or count < least:
                 raise ValueError(f"Expected `{name}` to be a whole number from {least} but got {count!r}.")
         vit = check_vit(model).to(device)
-        chosen = make_optimizer(optimizer, self.config, self.rates())  # may refuse: before the model is changed
+        chosen = make_optimizer(
+            optimizer, self.config, self.rates(), options
+        )  # may refuse: before the model is changed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)

@@ -63,12 +63,22 @@ class DataLoading(SupervisedTemplate):
         finally:
             self.dataloader = untimed
 
-    def batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of a data set on the device, in order, for a pass during training."""
+    def gradient_mb_size(self) -> int:
+        """Images a batch of a pass with gradients: what fits into a step fits there."""
+        return min(self.train_mb_size, self.eval_mb_size)
+
+    def batches(self, dataset: Any, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of a data set on the device, in order, for a pass during training.
+
+        Args:
+            dataset: any.
+            batch_size: images a batch; as in an evaluation if None.
+        """
         items = self._items(dataset, None, self._finish(dataset))
         # A generator of its own: a pass draws nothing from the global one, so that training's batches stay as they are.
         own = torch.Generator()
-        loader = self._loader(items, batch_size=self.eval_mb_size, num_workers=self._num_workers, generator=own)
+        size = batch_size or self.eval_mb_size
+        loader = self._loader(items, batch_size=size, num_workers=self._num_workers, generator=own)
         for images, labels, *_ in TimedLoader(loader, self._add_wait):
             yield (
                 items.finished(images.to(self.device, non_blocking=True)),

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules import functional
 from avalanche_fmlora.modules.network import ContinualNetwork
 
+_IGNORED = -100
+"""torch's own `ignore_index`."""
+
 
 class Loss(SupervisedTemplate):
     """The part of :class:`strategies.base.ContinualStrategy` that computes its loss."""
@@ -23,8 +26,8 @@ class Loss(SupervisedTemplate):
         """The loss over the classes that take part: the experience's own and those in the batch, or all seen.
 
         Raises:
-            ValueError: if it is not finite in an experience's first step though the logits are: a criterion that can't
-                do with −∞ for the classes that are left out.
+            ValueError: if it is not one number; or if it is not finite in an experience's first step though the logits
+                are: a criterion that can't do with −∞ for the classes that are left out.
         """
         head = self.model.head
         allowed = head.seen.clone()
@@ -36,6 +39,11 @@ class Loss(SupervisedTemplate):
             allowed[head.active] = True
             allowed[self.mb_y] = True
         loss = self._over(allowed)
+        if loss.ndim:
+            raise ValueError(
+                f"Expected a loss that is one number but {_name(self._criterion)} gives {tuple(loss.shape)}: build it "
+                "with reduction='mean'."
+            )
         if not self.clock.train_exp_iterations and not loss.isfinite().all() and self.mb_output.isfinite().all():
             raise ValueError(
                 f"Expected a finite loss but got {loss.detach()} from {_name(self._criterion)}: logits of classes that "
@@ -57,7 +65,8 @@ class Loss(SupervisedTemplate):
             )
         return F.cross_entropy(
             self.mb_output[:, columns],
-            torch.searchsorted(columns, self.mb_y),
+            torch.searchsorted(columns, self.mb_y).masked_fill(self.mb_y == ce.ignore_index, _IGNORED),
+            ignore_index=_IGNORED,
             weight=None if ce.weight is None else ce.weight[columns],
             reduction=ce.reduction,
             label_smoothing=ce.label_smoothing,
@@ -66,12 +75,17 @@ class Loss(SupervisedTemplate):
 
 def smooths(criterion: Any) -> bool:
     """Whether it is torch's cross-entropy with label smoothing."""
-    return isinstance(criterion, nn.CrossEntropyLoss) and bool(criterion.label_smoothing)
+    return _is_torchs(criterion) and bool(criterion.label_smoothing)
 
 
 def _cuts(criterion: Any) -> bool:
     """Whether it is torch's cross-entropy that smooths labels or weighs classes: given those that take part alone."""
-    return smooths(criterion) or (isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None)
+    return smooths(criterion) or (_is_torchs(criterion) and criterion.weight is not None)
+
+
+def _is_torchs(criterion: Any) -> bool:
+    """Whether it is torch's cross-entropy itself: a subclass with a `forward` of its own is the user's business."""
+    return isinstance(criterion, nn.CrossEntropyLoss) and type(criterion).forward is nn.CrossEntropyLoss.forward
 
 
 def _name(criterion: Any) -> str:

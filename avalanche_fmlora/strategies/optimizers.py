@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ from torch.optim import Optimizer
 
 from avalanche_fmlora.strategies.config import MethodConfig
 
+_LOG = logging.getLogger(__name__)
+
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 OptimizerLike = Optimizer | OptimizerFactory | str | None
 
 
-def make_optimizer(choice: OptimizerLike, config: MethodConfig, rates: Mapping[str, float]) -> Optimizer:
+def make_optimizer(
+    choice: OptimizerLike, config: MethodConfig, rates: Mapping[str, float], given: Iterable[str] = ()
+) -> Optimizer:
     """The optimizer of a strategy, one group a name of `rates`, without any tensors yet.
 
     Args:
@@ -23,11 +28,13 @@ def make_optimizer(choice: OptimizerLike, config: MethodConfig, rates: Mapping[s
             `config`).
         config: gives name, weight decay and momentum.
         rates: group name -> learning rate.
+        given: names of the options that the user gave.
 
     Raises:
         ValueError: for a name that is none of adam, adamw, sgd.
     """
     if isinstance(choice, Optimizer):
+        _warn_of_its_own_rates(choice, rates, sorted(name for name in given if name.startswith("lr_")))
         return choice
     groups = [{"params": [], "name": name, "lr": rate, "initial_lr": rate} for name, rate in rates.items()]
     if callable(choice):
@@ -43,6 +50,24 @@ def make_optimizer(choice: OptimizerLike, config: MethodConfig, rates: Mapping[s
         "Expected `optimizer` to be 'adam', 'adamw', 'sgd', a torch optimizer, or a function that takes parameter "
         f"groups, but got {choice!r}."
     )
+
+
+def _warn_of_its_own_rates(optimizer: Optimizer, rates: Mapping[str, float], given: list[str]) -> None:
+    """An optimizer of the user's own trains by the rates of its groups; say what that makes of names and options."""
+    groups = optimizer.param_groups
+    nameless = sorted(rates.keys() - {group.get("name") for group in groups})
+    if len(groups) > 1 and nameless:
+        _LOG.warning(
+            "The optimizer has %d groups, and none named %s: what trains under these names goes to the first, at its "
+            "rate %g. Give its groups a `name` each, of %s.",
+            len(groups), ", ".join(nameless), groups[0]["lr"], ", ".join(rates),
+        )  # fmt: skip
+    if given:
+        _LOG.warning(
+            "%s has no effect beside an optimizer of your own, whose groups have their own rates: leave it out, or "
+            "pass a function of groups, or a name, as `optimizer`.",
+            ", ".join(given),
+        )
 
 
 def refresh_optimizer(

@@ -45,11 +45,18 @@ class Trained:
                 "returned, or in a plugin's `after_training_exp`."
             )
         config, numbers = self.config.model_dump(mode="json"), self.model.adapter_numbers()
-        return save_adapter(Path(path), self.model.adapter_state(), self.method, config, numbers)
+        state, weights = self.model.adapter_state(), self.model.backbone_weights()
+        return save_adapter(Path(path), state, self.method, config, numbers, weights)
 
     def load(self, path: str | Path) -> None:
-        """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone."""
+        """Read what :meth:`save` wrote, into a strategy of the same method and options around the same backbone.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is torn, or of another method, other options, or other weights of the backbone.
+        """
         structural = structural_options(type(self.config))
-        state, numbers = load_adapter(Path(path), self.method, self.config.model_dump(mode="json"), structural)
+        config, weights = self.config.model_dump(mode="json"), self.model.backbone_weights()
+        state, numbers = load_adapter(Path(path), self.method, config, structural, weights)
         self.model.load_adapter_state(state)
         self.model.load_adapter_numbers(numbers)

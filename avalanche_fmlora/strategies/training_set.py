@@ -26,8 +26,9 @@ class TrainingSet(SupervisedTemplate):
     def training_dataset(self) -> Any:
         """The images that train, with the evaluation transform: the experience's, or what a plugin puts in their place.
 
-        A plugin does so if it brings classes that the head does not know: GDumb's memory, with which the model starts
-        anew. Samples of known classes beside the experience's own, as replay has them, only train.
+        A plugin does so if it brings classes that the head does not know, or other images to a head that knows none:
+        GDumb's memory, with which the model starts anew. Samples of known classes beside the experience's own, as
+        replay has them, only train.
         """
         return (self.experience.dataset if self._training_set is None else self._training_set).eval()
 
@@ -44,7 +45,8 @@ class TrainingSet(SupervisedTemplate):
                 f"Expected class indices from 0 but got {min(own | given)}: leave images without a class out."
             )
         known = set(self.model.head.seen.nonzero().flatten().tolist())
-        replaced = bool(given - own - known)
+        others = self.clock.train_exp_counter > 0 or len(self.adapted_dataset) != len(self.experience.dataset)
+        replaced = bool(given - own - known) or (not known and others and len(experiences) == 1)
         self._training_classes = sorted(given if replaced else own)
         self._training_set = self.adapted_dataset if replaced or len(experiences) > 1 else self.experience.dataset
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from avalanche_fmlora.backbones import state_sha256
 from avalanche_fmlora.checkpoint import random_state, set_random_state
-from avalanche_fmlora.modules.network import ContinualNetwork, backbone_parameter_names
+from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.strategies.object_state import is_ours, load_object_state, object_state, plain
 from avalanche_fmlora.strategies.optimizers import load_optimizer_state, optimizer_state
 
@@ -77,8 +77,6 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
 
 def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
     """What a checkpoint of a strategy is only good for: method, options, how it trains, and the backbone's weights."""
-    tensors = strategy.model.vit.state_dict()
-    weights = {name.replace(".base.", "."): tensors[name] for name in backbone_parameter_names(strategy.model.vit)}
     config = strategy.config.model_dump(mode="json")
     training = {
         "epochs": strategy.train_epochs,
@@ -87,7 +85,12 @@ def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
         "rates": [group["lr"] for group in strategy.optimizer.param_groups],
         "criterion": type(strategy._criterion).__name__,
     }
-    return {"method": strategy.method, "options": config, "training": training, "backbone": state_sha256(weights)}
+    return {
+        "method": strategy.method,
+        "options": config,
+        "training": training,
+        "backbone": state_sha256(strategy.model.backbone_weights()),
+    }
 
 
 def _model_state(model: ContinualNetwork) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from image_files import class_files, encoded, save, write
 from PIL import Image, ImageFile
 from torchvision.transforms.v2 import functional
 
-from avalanche_fmlora.data.decode import decode_image
+from avalanche_fmlora.data.decode import _warn_once, decode_image
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
@@ -37,13 +37,23 @@ def test_modes_become_rgb() -> None:
     assert pixel(palette, transparency=1) == [255, 255, 255]
     assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.uint16))) == [77, 77, 77]
     assert pixel(Image.fromarray(np.full((2, 2), 257 * 77, np.int32)), "TIFF") == [77, 77, 77]
-    with pytest.raises(ValueError, match="32-bit pixels up to 255 may mean 8 bits or a dark image: save it with 8"):
-        pixel(Image.fromarray(np.full((2, 2), 77, np.int32)), "TIFF")
+    assert pixel(Image.new("I;16", (2, 2), 0)) == [0, 0, 0]
+    for kind, dtype in (("TIFF", np.int32), ("TIFF", np.uint16), ("PNG", np.uint16)):
+        with pytest.raises(ValueError, match="pixels up to 255 may mean 8 bits or a dark image: save it with 8"):
+            pixel(Image.fromarray(np.full((2, 2), 77, dtype)), kind)
     assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF") == [255, 0, 0]
     with pytest.raises(ValueError, match="floating-point"):
         pixel(Image.new("F", (2, 2), 0.5), "TIFF")
     with pytest.raises(ValueError, match="exceed"):
         pixel(Image.new("I", (2, 2), 70_000), "TIFF")
+
+
+def test_images_of_twelve_bits_in_sixteen_are_named_once(caplog: Any) -> None:
+    _warn_once.cache_clear()
+    for value in (4000, 3999, 40_000):
+        decode_image(save(Image.fromarray(np.full((2, 2), value, np.uint16)), "PNG"), 1)
+    (record,) = caplog.records
+    assert "none above 4095: if its camera has 12 bits, it is nearly black" in record.getMessage()
 
 
 def test_first_frame_of_a_gif() -> None:

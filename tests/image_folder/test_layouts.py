@@ -56,6 +56,13 @@ def test_zip_folder_and_wrapped_zip_agree(tmp_path: Path, build: Any) -> None:
     assert infos[1].extra["source"] == "pets.zip"
 
 
+def test_images_that_cannot_be_read_are_named(tmp_path: Path, build: Any) -> None:
+    """A phone's folder: with these passed over, classes would be smaller than they are, without a word."""
+    path = write(tmp_path / "pets", class_files() | {"train/c0/IMG_1.HEIC": b"x", "train/c1/IMG_2.heic": b"x"})
+    with pytest.raises(ValueError, match=r"2 images in 'pets' are of kinds that can't be read here: .*IMG_1.HEIC"):
+        build(path, n_experiences=2)
+
+
 def test_default_is_ten_experiences(tmp_path: Path, build: Any) -> None:
     path = write(tmp_path / "pets", class_files(20, 1))
     assert len(build(path).train_stream) == 10

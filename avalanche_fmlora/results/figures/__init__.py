@@ -6,7 +6,7 @@ PDF.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 from avalanche_fmlora.results.figures.curves import accuracy_over_experiences, forgetting
@@ -24,7 +24,7 @@ from avalanche_fmlora.results.schema import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS: dict[str, Callable[[Iterable[Record]], Figure]] = {
+KINDS: dict[str, Callable[[Iterable[Record], Collection[str] | None], Figure]] = {
     "accuracy": accuracy_over_experiences,
     "matrix": accuracy_matrix,
     "forgetting": forgetting,
@@ -36,23 +36,28 @@ KINDS: dict[str, Callable[[Iterable[Record]], Figure]] = {
 """Every figure by the name that ``fmlora plot --kind`` knows."""
 
 
-def draw(records: Iterable[Record], kinds: Iterable[str]) -> dict[str, Figure | str]:
+def draw(
+    records: Iterable[Record], kinds: Iterable[str], only: Collection[str] | None = None
+) -> dict[str, Figure | str]:
     """Figures of each benchmark and protocol, under names for files; a text says why one can't be drawn.
 
     Args:
         records: runs of any benchmarks and protocols.
         kinds: keys of :data:`KINDS`.
+        only: ids of the records to draw, named and coloured as among all; all if None.
     """
     protocols = protocols_of(records)
     with_results = {key: own for key, own in protocols.items() if any(r["status"] == "finished" for r in own)}
     protocols = with_results or protocols
+    if only is not None:
+        protocols = {key: own for key, own in protocols.items() if any(r["id"] in only for r in own)}
     benchmarks = [benchmark for benchmark, _, _ in protocols]
     figures: dict[str, Figure | str] = {}
     for kind in kinds:
         for (benchmark, identity, _), own in protocols.items():
             parts = [kind] + [benchmark] * (len(set(benchmarks)) > 1) + [identity] * (benchmarks.count(benchmark) > 1)
             try:
-                figures["-".join(parts)] = KINDS[kind](own)
+                figures["-".join(parts)] = KINDS[kind](own, only)
             except ValueError as error:
                 figures["-".join(parts)] = str(error)
     return figures

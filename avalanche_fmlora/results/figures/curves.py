@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avalanche_fmlora.results.figures.labels import label_lines, names_height_in, wrapped
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 
 @column_figure
-def accuracy_over_experiences(records: Iterable[Record]) -> Figure:
+def accuracy_over_experiences(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Mean accuracy over the experiences seen so far; a method of which only the end is known is a level line.
 
     Args:
         records: finished runs of one benchmark and protocol; failed ones are left out.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols.
     """
     import numpy as np
 
-    series = series_of(records)
+    series = series_of(records, only)
     figure = new_figure(0.6 + _panel_in(series))
     axes = figure.subplots()
     ends = []
@@ -48,20 +49,23 @@ def accuracy_over_experiences(records: Iterable[Record]) -> Figure:
 
 
 @column_figure
-def forgetting(records: Iterable[Record]) -> Figure:
+def forgetting(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Above: forgetting over the experiences; below: at the end, a bar a method with the standard deviation over runs.
 
     After experience t it is the mean over earlier experiences of the best accuracy so far minus the accuracy now.
 
     Args:
         records: finished runs of one benchmark and protocol; joint training has no forgetting and is left out.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols, or of a single experience.
     """
     import numpy as np
 
-    series = [s for s in series_of(records) if any(run.record["metrics"]["forgetting"] is not None for run in s.runs)]
+    series = [
+        s for s in series_of(records, only) if any(run.record["metrics"]["forgetting"] is not None for run in s.runs)
+    ]
     if not series:
         raise ValueError("Expected runs of at least two experiences learned in turn, since forgetting needs them.")
     bars = 0.3 + sum(0.1 + 0.08 * len(wrapped(one.name, 16).splitlines()) for one in series)

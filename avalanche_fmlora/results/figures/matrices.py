@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avalanche_fmlora.results.figures.labels import wrapped
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @column_figure
-def accuracy_matrix(records: Iterable[Record]) -> Figure:
+def accuracy_matrix(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Accuracy on each experience (across) after training on each (down), mean over runs.
 
     One method gets the whole width, with the numbers in per cent where there are at most 10 experiences; several are
@@ -26,13 +26,14 @@ def accuracy_matrix(records: Iterable[Record]) -> Figure:
 
     Args:
         records: finished runs of one benchmark and protocol.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols.
     """
     import numpy as np
 
-    series = [s for s in series_of(records) if s.runs[0].record["accuracy_matrix"][0][0] is not None]
+    series = [s for s in series_of(records, only) if s.runs[0].record["accuracy_matrix"][0][0] is not None]
     if not series:
         raise ValueError(
             "Expected runs that were evaluated after each experience, but joint training is only at the end."

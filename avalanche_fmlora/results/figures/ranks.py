@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avalanche_fmlora.results.figures.labels import wrapped
@@ -17,7 +17,7 @@ _MOST_POINTS = 120
 
 
 @column_figure
-def rank(records: Iterable[Record]) -> Figure:
+def rank(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Chosen rank per experience (and layer), and against the complexity and similarity it was chosen by.
 
     The line is the mean over runs; points are experiences of all runs, or a band of one standard deviation where they
@@ -25,11 +25,14 @@ def rank(records: Iterable[Record]) -> Figure:
 
     Args:
         records: runs of one benchmark and protocol; methods that choose no rank are left out.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if no run chose a rank, or if runs are of several protocols.
     """
-    series = [s for s in series_of(records) if any(_measured(e) for run in s.runs for e in run.record["experiences"])]
+    series = [
+        s for s in series_of(records, only) if any(_measured(e) for run in s.runs for e in run.record["experiences"])
+    ]
     if not series:
         raise ValueError("Expected runs that choose a rank, fm_lora with `rank_selection` say, but none of these does.")
     layers = _layers(series[0])
@@ -117,6 +120,8 @@ def _heat_map(figure: Figure, axes: Axes, layers: Any, name: str) -> None:
     image = axes.imshow(layers, cmap="cividis", aspect="auto", origin="lower", vmin=0)
     step = 1 + (layers.shape[1] - 1) // 10
     axes.set_xticks(range(0, layers.shape[1], step), [str(t + 1) for t in range(0, layers.shape[1], step)])
+    rows = 1 + (layers.shape[0] - 1) // 12
+    axes.set_yticks(range(0, layers.shape[0], rows))
     axes.set_xlabel("experience")
     axes.set_ylabel(f"layer of\n{wrapped(name)}")
     figure.colorbar(image, ax=axes, label="rank", aspect=12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
@@ -96,8 +96,12 @@ def new_figure(height_in: float) -> Figure:
     return figure
 
 
-def series_of(records: Iterable[Record]) -> list[Series]:
-    """The finished runs by method and label, FM-LoRA first, each with its look.
+def series_of(records: Iterable[Record], only: Collection[str] | None = None) -> list[Series]:
+    """The finished runs by method and label, FM-LoRA first, each with the name and look that it has among all.
+
+    Args:
+        records: of one benchmark and protocol.
+        only: ids of those that are wanted; all if None.
 
     Raises:
         ValueError: if there is none, or if they are of several benchmarks or protocols.
@@ -123,7 +127,10 @@ def series_of(records: Iterable[Record]) -> list[Series]:
             k, others = others, others + 1
             look = Look(_COLOURS[k % len(_COLOURS)], _LINES[k % len(_LINES)], _MARKERS[k % len(_MARKERS)], 1.0)
         found.append(Series(group[0].name, group, apart, look))
-    return found
+    wanted = [one for one in found if only is None or any(run.record["id"] in only for run in one.runs)]
+    if not wanted:
+        raise ValueError("Expected finished runs among those that are to be drawn but there is none.")
+    return wanted
 
 
 def title(series: Sequence[Series]) -> str:

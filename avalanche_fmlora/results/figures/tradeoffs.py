@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -23,44 +23,49 @@ if TYPE_CHECKING:
 
 
 @column_figure
-def accuracy_against_parameters(records: Iterable[Record]) -> Figure:
+def accuracy_against_parameters(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Final average accuracy against the parameters stored after the last experience, backbone and head left out.
 
     Args:
         records: finished runs of one benchmark and protocol.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols.
     """
-    return _scatter(records, lambda r: r["experiences"][-1]["stored_parameters"], "stored parameters besides the head")
+    return _scatter(
+        records, only, lambda r: r["experiences"][-1]["stored_parameters"], "stored parameters besides the head"
+    )
 
 
 @column_figure
-def accuracy_against_trained_parameters(records: Iterable[Record]) -> Figure:
+def accuracy_against_trained_parameters(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Final average accuracy against the parameters trained an experience within the chosen rank, the head left out.
 
     The mean over experiences. Records from before this was counted are drawn as if the rank had left out nothing.
 
     Args:
         records: finished runs of one benchmark and protocol.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols.
     """
-    return _scatter(records, trained_an_experience, "parameters trained an experience, without the head")
+    return _scatter(records, only, trained_an_experience, "parameters trained an experience, without the head")
 
 
 @column_figure
-def accuracy_against_cost(records: Iterable[Record]) -> Figure:
+def accuracy_against_cost(records: Iterable[Record], only: Collection[str] | None = None) -> Figure:
     """Final average accuracy against the seconds of training over all experiences, on the machine of the runs.
 
     Args:
         records: finished runs of one benchmark and protocol.
+        only: ids of the records to draw; names and looks stay those among all `records`. All if None.
 
     Raises:
         ValueError: if there is none, or if they are of several protocols.
     """
-    return _scatter(records, lambda r: r["cost"]["train_s"], "training time of the whole run [s]")
+    return _scatter(records, only, lambda r: r["cost"]["train_s"], "training time of the whole run [s]")
 
 
 def trained_an_experience(record: Record) -> float:
@@ -69,11 +74,13 @@ def trained_an_experience(record: Record) -> float:
     return fmean(trainable if trained is None else trained for trained, trainable in counts)
 
 
-def _scatter(records: Iterable[Record], cost: Callable[[Record], float | None], label: str) -> Figure:
+def _scatter(
+    records: Iterable[Record], only: Collection[str] | None, cost: Callable[[Record], float | None], label: str
+) -> Figure:
     """A point a method with its standard deviations; hollow, and a dotted line, for the upper bound."""
     import numpy as np
 
-    series = series_of(records)
+    series = series_of(records, only)
     figure = new_figure(2.4 + legend_height_in(len(series)))
     axes = figure.subplots()
     points = []
