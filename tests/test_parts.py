@@ -90,3 +90,19 @@ def test_a_rank_selector_that_comes_too_late_or_to_other_updates_is_refused(
     for name in ("sd_lora", "inflora"):
         with pytest.raises(ValueError, match="updates in shared bases"):
             make_strategy(name, plugins=[RankSelectionPlugin()]).train(first)
+
+
+def test_passes_with_gradients_are_no_larger_than_steps(make_strategy: Any, train: Any, class_benchmark: Any) -> None:
+    """Whoever lowers `train_mb_size` until a step fits into memory has every pass with gradients fit, too."""
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    options = {"train_mb_size": 4, "eval_mb_size": 12, "train_epochs": 1, "transport_samples": 10}
+    strategy = make_strategy("fm_lora", transport_ridge=0.5, **options)
+    vit = strategy.model.vit
+
+    def note(module: Any, inputs: Any) -> None:
+        sizes[torch.is_grad_enabled()].add(len(inputs[0]))
+
+    vit.patch_embed.register_forward_pre_hook(note)
+    train(strategy, class_benchmark, n=2)
+    assert max(sizes[True]) == 4
+    assert max(sizes[False]) == 12

@@ -99,9 +99,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
             if not isinstance(count, Integral) or count < least:
                 raise ValueError(f"Expected `{name}` to be a whole number from {least} but got {count!r}.")
         vit = check_vit(model).to(device)
-        chosen = make_optimizer(
-            optimizer, self.config, self.rates(), options
-        )  # may refuse: before the model is changed
+        # It may refuse: before the model is changed.
+        chosen = make_optimizer(optimizer, self.config, self.rates(), options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = self.build_network(vit).to(device)
