@@ -93,12 +93,13 @@ def plan(
         report: called with each run as soon as it is measured, which takes a while for each new setting.
 
     Raises:
-        ValueError: if this machine lacks the device, a record is torn, edited or of other weights of the same name, or
-            two runs of different files would have one record.
+        ValueError: if this machine lacks the device, a record is torn, edited or of other weights or images of the
+            same name, or two runs of different files would have one record.
     """
     check_device(device)
     torch.set_num_threads(threads)
     known: dict[str, Any] = {}
+    listings: dict[Path, str] = {}
     planned: list[Planned] = []
 
     def add(run: Planned) -> None:
@@ -107,7 +108,7 @@ def plan(
             report(run)
 
     for key, config in by_id(configs).items():
-        record = known_record(config, folder, data_root, failed=not retry_failed)
+        record = known_record(config, folder, data_root, failed=not retry_failed, listings=listings)
         if record is not None:
             done: State = "finished" if record["status"] == "finished" else "failed"
             add(Planned(config, done, seconds=0.0, error=record["error"]))

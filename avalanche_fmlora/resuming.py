@@ -20,12 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 def known_record(
-    config: RunConfig, folder: Path, data_root: Path | None = None, *, failed: bool = False
+    config: RunConfig,
+    folder: Path,
+    data_root: Path | None = None,
+    *,
+    failed: bool = False,
+    listings: dict[Path, str] | None = None,
 ) -> Record | None:
     """The record of a run that is finished; with `failed`, of one that broke down, too.
 
+    Args:
+        config: of the run.
+        folder: of the records.
+        data_root: folder of relative data paths.
+        failed: return a failed record as well.
+        listings: give the same dict for all runs of a sweep, and no folder of images is looked through twice.
+
     Raises:
-        ValueError: if the record is torn, edited, or of other weights than those that the file of that name holds now.
+        ValueError: if the record is torn, edited, or of other weights or images than those that the file or folder of
+            that name holds now.
     """
     record = find_record(folder, config.identity(), failed=failed)
     if record is not None and record["config"]["label"] != config.label:
@@ -33,19 +46,47 @@ def known_record(
             "%s in %s is finished under the label %r and keeps it, not %r: to run it anew, delete *-%s.json there.",
             config.method, folder, record["config"]["label"], config.label, record["id"],
         )  # fmt: skip
-    weights = config.backbone.weights
-    if record is None or weights is None or (then := record["backbone"]["sha256"]) is None:
-        return record
-    try:
-        path = find_data(weights, data_root)
-    except FileNotFoundError:
-        return record  # made elsewhere, and read where the weights are not
+    if record is not None:
+        _same_weights(record, config, folder, data_root)
+        _same_images(record, config, folder, data_root, {} if listings is None else listings)
+    return record
+
+
+def _same_weights(record: Record, config: RunConfig, folder: Path, data_root: Path | None) -> None:
+    weights, then = config.backbone.weights, record["backbone"]["sha256"]
+    if weights is None or then is None or (path := _found(weights, data_root)) is None:
+        return
     if (now := _sha256(path, path.stat().st_mtime_ns)) != then:
         raise ValueError(
             f"{path} has changed (sha256 {now[:8]}) since {record['id']} in {folder} was run with it ({then[:8]}): "
             "give the new weights a name of their own, or run into another folder."
         )
-    return record
+
+
+def _same_images(
+    record: Record, config: RunConfig, folder: Path, data_root: Path | None, listings: dict[Path, str]
+) -> None:
+    """Names and sizes only, which takes no time; a record of a version that kept none of them is taken at its word."""
+    given, then = config.benchmark.path, record["benchmark"]["extra"].get("listing")
+    if given is None or then is None or (path := _found(given, data_root)) is None:
+        return
+    if path not in listings:
+        from avalanche_fmlora.data.image_folder import folder_listing
+
+        listings[path] = folder_listing(path)
+    if listings[path] != then:
+        raise ValueError(
+            f"The images in {path} are others than those that {record['id']} in {folder} was run with: give the folder "
+            "or archive with the new ones a name of its own, or run into another folder."
+        )
+
+
+def _found(path: Path, data_root: Path | None) -> Path | None:
+    """Where it is, or None: records that were made elsewhere are read where their data are not."""
+    try:
+        return find_data(path, data_root)
+    except FileNotFoundError:
+        return None
 
 
 @functools.lru_cache(maxsize=8)

@@ -54,8 +54,8 @@ def sweep(
         FileNotFoundError: if the data or weights of a run are not there.
         OSError: if nothing can be written into `folder`.
         ValueError: if the executor can't do what is asked of it, this machine shall run them and lacks the device, or
-            a record in the folder is torn, edited or of other weights of the same name, or two runs of different files
-            would have one record.
+            a record in the folder is torn, edited or of other weights or images of the same name, or two runs of
+            different files would have one record.
     """
     folder = folder.absolute()
     if executor is None:
@@ -66,7 +66,8 @@ def sweep(
     if isinstance(executor, InProcess | Processes):
         check_device(device)
     unique = by_id(configs)
-    known = ((key, known_record(c, folder, data_root, failed=not retry_failed)) for key, c in unique.items())
+    look = functools.partial(known_record, folder=folder, data_root=data_root, failed=not retry_failed, listings={})
+    known = ((key, look(config)) for key, config in unique.items())
     done = {key: record for key, record in known if record is not None}
     todo = {key: located(c, data_root) for key, c in unique.items() if key not in done}
     if todo:

@@ -102,28 +102,6 @@ def test_keys_and_shapes_that_do_not_fit_are_named(save: Callable[..., Path]) ->
     assert len(load(weights=save(tiny(depth=3).state_dict()), **three).model.blocks) == 3
 
 
-@pytest.mark.parametrize(("name", "warned"), [("clip_224", True), ("clip_quickgelu_224", False)])
-def test_weights_trained_with_another_activation_are_named(
-    save: Callable[..., Path], caplog: Any, name: str, warned: bool
-) -> None:
-    """timm fetches OpenAI's weights under both names, and only one computes what they were trained with."""
-    name = f"vit_base_patch16_{name}.openai"
-    path = save(timm.create_model(name, img_size=32, **TINY).state_dict())
-    load(name=name, weights=path, image_size=32, model_args=TINY)
-    assert ("GELU what was trained with QuickGELU" in caplog.text) == warned
-    caplog.clear()
-    load(name=name, pretrained=False, image_size=32, model_args=TINY)
-    assert not caplog.text
-
-
-@pytest.mark.parametrize("key", ["visual.conv1.weight", "visual.trunk.patch_embed.proj.weight"])
-def test_another_patch_is_refused_under_other_names_too(save: Callable[..., Path], key: str) -> None:
-    """OpenAI's and OpenCLIP's names, which timm reads as its own."""
-    state = {key: torch.zeros(16, 3, 32, 32), "visual.positional_embedding": torch.zeros(50, 16)}
-    with pytest.raises(ValueError, match=r"the file has patches of 32 px, the model of 16"):
-        load(name="vit_base_patch16_clip_224.openai", weights=save(state), image_size=32, model_args=TINY)
-
-
 def test_another_patch_is_refused_unless_asked_for(save: Callable[..., Path]) -> None:
     path = save(tiny(patch_size=8).state_dict())
     with pytest.raises(ValueError, match=r"the file has patches of 8 px, the model of 16"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,4 +197,37 @@ def test_other_weights_under_the_same_name_do_not_pass_for_a_finished_run(photos
         with pytest.raises(ValueError, match=f"{weights} has changed .* a name of their own"):
             again([run], out)
     weights.unlink()
+    assert sweep([run], out) == [record]
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_other_images_under_the_same_name_do_not_pass_for_a_finished_run(
+    photos: Path, tmp_path: Path, as_zip: bool
+) -> None:
+    out, place = tmp_path / "records", tmp_path / ("photos.zip" if as_zip else "photos")
+
+    def put(source: Path) -> None:
+        if as_zip:
+            shutil.make_archive(str(place.with_suffix("")), "zip", source)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(source, place)
+
+    put(photos)
+    run = configuration(place, "ncm")
+    (record,) = sweep([run], out)
+    assert record["status"] == "finished"
+    put(photos)  # a copy, written at another time
+    assert sweep([run], out) == [record]
+    assert plan([run], out)[0].state == "finished"
+
+    others = tmp_path / "others"
+    shutil.copytree(photos, others)
+    first = min((others / "train").rglob("*.png"))
+    first.rename(first.with_name("renamed.png"))
+    put(others)
+    for again in (sweep, plan):
+        with pytest.raises(ValueError, match=f"The images in {place} are others .* a name of its own"):
+            again([run], out)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
     assert sweep([run], out) == [record]

@@ -97,7 +97,7 @@ def image_folder(
     common: dict[str, Any] = {
         "class_order_seed": class_order_seed,
         "transforms": transforms,
-        "extra": {"source": source.path.name, "n_files": len(files)}
+        "extra": {"source": source.path.name, "n_files": len(files), "listing": _listing(source, files)}
         | (
             {
                 "resize": f"shorter side to {image_size} px ({interpolation}, antialiased), centre crop",
@@ -113,6 +113,27 @@ def image_folder(
         count = 10 if n_experiences is None else n_experiences
         return class_incremental(title, sets["", "train"], sets["", "test"], names, n_experiences=count, **common)
     return domain_incremental(title, [Domain(d, sets[d, "train"], sets[d, "test"]) for d in domains], names, **common)
+
+
+def folder_listing(path: str | os.PathLike[str]) -> str:
+    """What a record of :func:`image_folder` says of its files: 64 hexadecimal digits, without reading any image.
+
+    It changes with the name, place, size and, in a zip, content of an image; not with where the folder is or when it
+    was written.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`image_folder`.
+    """
+    with Source(path) as source:
+        return _listing(source, placed_images(source))
+
+
+def _listing(source: Source, files: list[Placed]) -> str:
+    rows = [
+        (f.domain, f.split, f.label, f.entry.parts[-1], f.entry.size, f.entry.stamp if source.is_zip else None)
+        for f in files
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _subset(
