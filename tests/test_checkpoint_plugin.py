@@ -29,6 +29,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "slow bases": ("fm_lora", {"bases": "slow", "optimizer": "sgd"}),
     "whitened": ("ncm", {"whitening": 0.5, "whitening_covariance": "running"}),
     "fp16": ("seq_lora", {"precision": "fp16"}),
+    "imprinted": ("seq_lora", {"classifier": "imprinted"}),
     "class means": ("seq_lora", {"classifier": "class_mean", "row_transport": True}),
 }
 CASES = {**{name: (name, {}) for name in METHODS if name != "joint"}, **SPECIAL}

@@ -250,7 +250,7 @@ def test_list_names_methods_and_their_options() -> None:
     assert {"fm_lora", "seq_lora", "linear_probe", "ncm", "joint"} <= {line.split()[0] for line in lines if line}
     shown = CliRunner().invoke(main, ["list", "fm_lora"]).stdout
     for line in (
-        "classifier = class_mean  (linear | cosine | class_mean)",
+        "classifier = class_mean  (linear | cosine | imprinted | class_mean)",
         "transport_samples = 0  (whole number)",
         "clip_grad_norm = null  (number | null)",
         "compile = false  (true | false)",

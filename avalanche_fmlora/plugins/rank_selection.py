@@ -95,7 +95,7 @@ class RankSelectionPlugin(SupervisedPlugin):
         """Data and experience are set, the model has not grown: measure, and set the prior."""
         self.attach(strategy)
         lora = strategy.model.lora
-        if strategy.config.classifier == "class_mean":  # all are encoded in any case
+        if strategy.config.classifier in ("imprinted", "class_mean"):  # all are encoded in any case
             features, labels = strategy.features_at_start()
             chosen = spread(len(features), self.max_samples)
             features, labels = features[chosen], labels[chosen]

@@ -23,6 +23,7 @@ from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.vit import TimmViT, check_vit, feature_dim
 from avalanche_fmlora.plugins._passes import training_features
 from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
+from avalanche_fmlora.plugins.imprinting import ImprintingPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.compiled import CompiledFeatures
 from avalanche_fmlora.strategies.config import MethodConfig, validate
@@ -180,6 +181,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
             )
         if c.classifier == "class_mean":
             plugins.append(self._class_mean_plugin(transport=c.row_transport))
+        elif c.classifier == "imprinted":
+            plugins.append(ImprintingPlugin())
         if c.lr_schedule != "constant":
             plugins.append(SchedulePlugin(c.lr_schedule))
         return plugins

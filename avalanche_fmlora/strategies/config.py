@@ -11,7 +11,7 @@ from avalanche_fmlora.modules.vit import Pooling
 from avalanche_fmlora.strict import StrictModel, types_in
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Classifier = Literal["linear", "cosine", "class_mean"]
+Classifier = Literal["linear", "cosine", "imprinted", "class_mean"]
 RecurringRows = Literal["trained", "mean", "per_experience"]
 Schedule = Literal["cosine", "constant", "coda"]
 
@@ -32,13 +32,14 @@ class MethodConfig(StrictModel):
     """Options of every method: classifier, optimiser and precision."""
 
     classifier: Structural[Classifier] = "linear"
-    """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    """`linear`; `cosine` (trained); `imprinted` (cosine rows that start as class means and train on); `class_mean` (the
+    same, then written again as class means)."""
     pooling: Structural[Pooling] = "model"
     """What the classifier reads: the features that the model's own head would get, class token and mean of the patch
     tokens side by side (`token_and_mean`; twice as wide), or both of each of the last four blocks (`multi_layer`; eight
     times as wide); of models that have and pool neither: `model`."""
     logit_scale: Structural[float] = Field(16.0, gt=0)
-    """Scale s of the logits s·cos(f, w) of a `cosine` or `class_mean` classifier."""
+    """Scale s of the logits s·cos(f, w) of a classifier that is not `linear`."""
     row_transport: bool = False
     """Move the `class_mean` rows of past classes, and kept means of those that recur, along with the drift of the
     current experience's features."""

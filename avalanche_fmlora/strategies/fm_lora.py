@@ -96,7 +96,8 @@ class FMLoRAConfig(MethodConfig):
     meta_prompt: MetaPromptConfig = MetaPromptConfig()
     """How the meta-prompt moves. A plugin is taken too."""
     classifier: Classifier = "class_mean"
-    """`linear`; `cosine` (trained); `class_mean` (trained with a cosine loss, then written again as class means)."""
+    """`linear`; `cosine` (trained); `imprinted` (cosine rows that start as class means and train on); `class_mean` (the
+    same, then written again as class means)."""
     pooling: Structural[Pooling] = "token_and_mean"
     """What the classifier reads: the features that the model's own head would get, class token and mean of the patch
     tokens side by side (`token_and_mean`; twice as wide), or both of each of the last four blocks (`multi_layer`; eight
