@@ -98,14 +98,17 @@ def compare(
 
 
 def one_line(record: Record, found: bool = False) -> str:
-    """What became of a run: method, class order, and its final average accuracy or its error.
+    """What became of a run: method, class order, seed, and its final average accuracy or its error.
 
     Args:
         record: of the run.
         found: whether it was there before, and nothing has been run now.
     """
     config = record["config"]
-    name = f"{config['label'] or config['method']}, class order {config['class_order_seed']}"
+    method = config["method"] if not config["label"] else f"{config['method']} ({config['label']})"
+    name = f"{method}, class order {config['class_order_seed']}"
+    if config["seed"]:
+        name += f", seed {config['seed']}"
     if record["status"] != "finished":
         return f"{name}: failed{' before' if found else ''}: {record['error']}"
     accuracy, train_s = record["metrics"]["final_average_accuracy"], record["cost"]["train_s"]

@@ -193,7 +193,9 @@ def matrix_of(results: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
 
     Args:
         results: what ``strategy.eval`` of Avalanche returned after each of T experiences, for a stream with at least
-            the experiences seen so far and ``accuracy_metrics(experience=True)`` in the evaluator.
+            the experiences seen so far (``test_stream[: t + 1]``, or all) and ``accuracy_metrics(experience=True)`` in
+            the evaluator. Not for each experience's own test set alone: Avalanche repeats the last value of what it
+            does not evaluate, and nothing would seem forgotten.
 
     Raises:
         ValueError: if the accuracy on an experience seen so far is not there.

@@ -132,16 +132,40 @@ def test_rows_of_the_past_stay_if_their_class_was_broken_off(make_strategy: Any,
     assert strategy.model.head.active_rows is None
 
 
-def test_another_experience_goes_on_with_what_was_learned(make_strategy: Any, class_benchmark: Any) -> None:
-    strategy = make_strategy("inflora", plugins=[_Do(3, _stop)])
+@pytest.mark.parametrize("name", ["fm_lora", "inflora", "coda_prompt", "linear_probe"])
+def test_another_experience_trains_as_if_there_had_been_none(
+    name: str, make_strategy: Any, class_benchmark: Any, caplog: Any
+) -> None:
+    first, second, third = class_benchmark.train_stream
+    states = []
+    for breaks in (True, False):
+        strategy = make_strategy(name, plugins=[_Do(3, _stop)] if breaks else [])
+        torch.manual_seed(4)
+        strategy.train(first)
+        if breaks:
+            with pytest.raises(KeyboardInterrupt):
+                strategy.train(second)
+        torch.manual_seed(5)
+        strategy.train(third)
+        states.append(strategy.model.adapter_state())
+    broken, whole = states
+    assert "was broken off: what it has trained is dropped" in caplog.text
+    assert not [k for k in whole if not torch.equal(broken[k], whole[k])]
+    assert not broken["head.seen"][2:4].any(), "classes that were never trained to the end are not predicted"
+
+
+def test_a_task_that_was_broken_off_leaves_its_expert_to_the_next(make_strategy: Any, class_benchmark: Any) -> None:
+    strategy = make_strategy("dual_prompt", plugins=[_Do(3, _stop)])
     first, second, third = class_benchmark.train_stream
     strategy.train(first)
+    expert = strategy.model.pool.experts[0].clone()
     with pytest.raises(KeyboardInterrupt):
         strategy.train(second)
-    learned = strategy.model.lora.layers[0].up
+    with pytest.raises(ValueError, match="Expected a model between experiences"):
+        strategy.save("nowhere")
     strategy.train(third)
-    assert int(strategy.model.lora.experiences) == 2
-    assert torch.equal(strategy.model.lora.layers[0].ups[1], learned), "it trained on, and joined the past"
+    assert int(strategy.model.pool.experiences) == 2
+    assert torch.equal(strategy.model.pool.experts[0], expert)
 
 
 @pytest.mark.parametrize("name", ["l2p", "dual_prompt", "coda_prompt"])

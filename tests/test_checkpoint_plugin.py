@@ -12,10 +12,10 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, amca_metrics, forgetting_metrics
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LRSchedulerPlugin, MASPlugin
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LRSchedulerPlugin, MASPlugin, ReplayPlugin
 from safetensors.torch import load_file
 
-from avalanche_fmlora import CheckpointPlugin
+from avalanche_fmlora import CheckpointPlugin, RankSelectionPlugin
 from avalanche_fmlora.modules.network import backbone_parameter_names
 from avalanche_fmlora.strategies.registry import methods
 
@@ -33,6 +33,10 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "class means": ("seq_lora", {"classifier": "class_mean", "row_transport": True}),
 }
 CASES = {**{name: (name, {}) for name in METHODS if name != "joint"}, **SPECIAL}
+
+
+def _sgd(momentum: float) -> Any:
+    return lambda groups: torch.optim.SGD(groups, momentum=momentum)
 
 
 class _Stop(SupervisedPlugin):
@@ -310,3 +314,37 @@ def test_what_can_not_be_kept_inside_of_a_mapping_is_named(
     held = "params" if kind is MASPlugin else "importances"
     assert f"can't hold what {kind.__name__} keeps in" in caplog.text
     assert f"`{held}`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "now", "said"),
+    [
+        ("seq_lora", {"optimizer": _sgd(0.9)}, {"optimizer": _sgd(0.1)}, "optimizer_options.*momentum"),
+        ("seq_lora", {}, {"criterion": torch.nn.CrossEntropyLoss(label_smoothing=0.3)}, "criterion_options"),
+        (
+            "fm_lora",
+            {"rank_selection": RankSelectionPlugin()},
+            {"rank_selection": RankSelectionPlugin(kl_weight=9.0, search_share=0.9)},
+            "RankSelectionPlugin has kl_weight=9.0 where the saved one had 0.1, search_share=0.9",
+        ),
+    ],
+)
+def test_other_settings_of_what_the_user_gave_are_refused(
+    name: str, saved: Any, now: Any, said: str, make_strategy: Any, class_benchmark: Any, tmp_path: Path
+) -> None:
+    build = {"train_epochs": 1}
+    make_strategy(name, plugins=[CheckpointPlugin(tmp_path)], **saved, **build).train(class_benchmark.train_stream[0])
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        CheckpointPlugin(tmp_path).resume(make_strategy(name, plugins=[CheckpointPlugin(tmp_path)], **now, **build))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_arguments_of_foreign_plugins_are_named(
+    make_strategy: Any, class_benchmark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size in (3, 6):
+        checkpoints = CheckpointPlugin(tmp_path)
+        strategy = make_strategy("seq_lora", train_epochs=1, plugins=[ReplayPlugin(mem_size=size), checkpoints])
+        if checkpoints.resume(strategy) == 0:
+            strategy.train(class_benchmark.train_stream[0])
+    assert "ReplayPlugin has mem_size=6 where the saved one had 3, and goes on with the saved" in caplog.text

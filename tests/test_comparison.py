@@ -25,7 +25,7 @@ def test_runs_are_those_of_the_command_line_and_run_once(tmp_path: Path) -> None
     assert [r["id"] for r in records] == [blank_record(c.identity())["id"] for c in configs]
     assert [r["config"]["method_options"]["precision"] for r in records] == ["fp32", "bf16"]
     assert all(0.5 < (r["metrics"]["final_average_accuracy"] or 0) < 0.95 for r in records)
-    assert lines[1].startswith("[2/2] bf16, class order 0: final average accuracy ")
+    assert lines[1].startswith("[2/2] ncm (bf16), class order 0: final average accuracy ")
     told: list[str] = []
     again = compare(methods, **SMALL, logit_scale=8.0, out=tmp_path, threads=1, report=told.append)
     assert told[1] == f"{lines[1]} (recorded before in {file_name(records[1])})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
+from torch.utils.data import TensorDataset
 
 from avalanche_fmlora import CheckpointPlugin
 from avalanche_fmlora.data.loading import TimedLoader
@@ -107,3 +109,24 @@ def test_a_timed_loader_is_copied() -> None:
     copied = copy.copy(TimedLoader([1, 2], lambda seconds: None))
     assert list(copied) == [1, 2]
     assert not hasattr(copied, "dataset")
+
+
+def test_joint_training_sees_each_image_once_an_epoch_whatever_its_task(make_strategy: Any) -> None:
+    """Avalanche's loader repeats the images of small tasks, and refuses more tasks than a batch has images."""
+    from avalanche.benchmarks import nc_benchmark
+
+    images, labels = torch.randn(56, 3, 16, 16), torch.arange(12).repeat_interleave(4)
+    data = TensorDataset(images, torch.cat([torch.zeros(8, dtype=torch.long), labels]))
+    data.targets = data.tensors[1].tolist()
+    stream = nc_benchmark(data, data, n_experiences=12, task_labels=True, shuffle=False).train_stream
+    seen: list[int] = []
+
+    class Count(SupervisedPlugin):
+        def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            seen.append(len(strategy.mb_x))
+
+    strategy = make_strategy("joint", train_epochs=2, plugins=[Count()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strategy.train(stream)
+    assert sum(seen) == 2 * len(images)

@@ -54,6 +54,7 @@ def test_batches_do_not_depend_on_workers_nor_on_what_was_drawn_before() -> None
     before = torch.get_rng_state()
     items[3]
     assert torch.equal(torch.get_rng_state(), before)
+    items.begin_epoch(0)
     for got, expected in zip(batches(items, num_workers=2), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -68,18 +69,32 @@ def test_draws_change_with_epoch_experience_seed_and_item() -> None:
     for seeds in ((0, 0), (1, 0), (0, 1)):
         items = LoaderItems(dataset, seeds=seeds)
         for epoch in range(2):
-            items.epoch.fill_(epoch)
+            items.begin_epoch(epoch)
             views += [items[i][0] for i in range(4)]
     assert len({view.numpy().tobytes() for view in views}) == len(views) == 24
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew(workers: int) -> None:
+    """As replay repeats its few images, in a loader that starts over."""
+    items = LoaderItems(benchmark().train_stream[0].dataset, seeds=(0, 0))
+    seen = [torch.cat(batches(items, num_workers=workers)) for _ in range(3)]
+    assert len({view.numpy().tobytes() for view in torch.cat(seen)}) == 3 * len(items)
+    items.begin_epoch(0)
+    again = [torch.cat(batches(items, num_workers=workers)) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(again, seen, strict=True))
 
 
 def test_workers_that_outlive_an_epoch_see_the_next_one() -> None:
     items = LoaderItems(benchmark().train_stream[0].dataset, seeds=(0, 0))
     loader = DataLoader(items, batch_size=12, num_workers=1, persistent_workers=True, collate_fn=items.collate)
     first = next(iter(loader))[0]
-    items.epoch.fill_(1)
+    items.begin_epoch(1)
     second = next(iter(loader))[0]
-    assert torch.equal(second, batches(items)[0].new_tensor(np.stack([items[i][0] for i in range(12)])))
+    items.begin_epoch(1)
+    wanted = batches(items)[0]
+    items.begin_epoch(1)
+    assert torch.equal(second, wanted.new_tensor(np.stack([items[i][0] for i in range(12)])))
     assert not torch.equal(first, second)
 
 

@@ -1,7 +1,8 @@
 """Items for a data loader: random transforms that don't depend on its workers, float conversion left to the device.
 
 A loader reads :class:`LoaderItems` instead of the data set itself. Each item's transforms draw from a seed of the run,
-the experience, the epoch and the item's index, so batches are the same with any number of workers. With `finish`, items
+the experience, the epoch, the item's index and how often it has come in this epoch (as replayed images do), so batches
+are the same with any number of workers. With `finish`, items
 stay uint8 and the strategy converts and normalises a whole batch where it trains; a quarter of the bytes is moved. With
 `crops` the presets' items are cut only, and resized and flipped there as well.
 """
@@ -35,6 +36,7 @@ class LoaderItems(Dataset[Any]):
 
     Attributes:
         epoch: int64 [1] in shared memory, so that workers that outlive an epoch see it too; draws depend on it.
+        visits: int32 [M] in shared memory: how often each item has been read in this epoch.
     """
 
     def __init__(
@@ -45,6 +47,12 @@ class LoaderItems(Dataset[Any]):
         self.finish = finish
         self.crops = crops
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.visits = torch.zeros(0 if seeds is None else len(dataset), dtype=torch.int32).share_memory_()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Draws are of this epoch from now on, also in workers."""
+        self.epoch.fill_(epoch)
+        self.visits.zero_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -52,7 +60,9 @@ class LoaderItems(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if self.seeds is None:
             return self._read(index, self._apply)
-        run, place = self.seeds[0], (*self.seeds[1:], int(self.epoch), int(index))
+        visit = int(self.visits[index])
+        self.visits[index] += 1
+        run, place = self.seeds[0], (*self.seeds[1:], int(self.epoch), int(index), *([visit] if visit else []))
 
         def apply(transform: ImageTransform, image: Tensor) -> Any:
             with nullcontext() if transform.seed is None else drawn_from(transform.seed, *place):

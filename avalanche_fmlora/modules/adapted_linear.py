@@ -131,6 +131,7 @@ class AdaptedLinear(nn.Module):
         return f"rank={self.rank}, slices={self.slices}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        self.unmerge()  # the merged weight is of the factors that go now
         for name in self.growing:
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and saved.shape != own.shape:

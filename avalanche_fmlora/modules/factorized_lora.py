@@ -145,6 +145,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         self.register_buffer("first_complexity", torch.tensor(-1.0))
         self._first = True  # whether the open experience is: asked in every step, so no word to the device
         self._generator = torch.Generator().manual_seed(seed)
+        self._drawn_from = self._generator.get_state()
         for layer in self.layers:
             layer.set_bases(bases, self._generator)
 
@@ -167,6 +168,7 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
         if self.active:
             return
         self.active, self._first = True, int(self.experiences) == 0
+        self._drawn_from = self._generator.get_state()
         for layer in self.layers:
             if not self._learns_bases_only:
                 layer.begin_update(self._generator)
@@ -190,6 +192,8 @@ class FactorizedLoRA(AdaptedMaps[FactorizedLinear]):
 
     def discard(self) -> None:
         """See :meth:`AdaptedMaps.discard`; bases that were in training stay where they are until others are loaded."""
+        if self.active:
+            self._generator.set_state(self._drawn_from)
         super().discard()
         for layer in self.layers:
             layer.up.requires_grad_(layer.up.requires_grad and self.bases == "sequential")

@@ -69,6 +69,7 @@ class IncrementalHead(nn.Module):
         self.register_parameter("active_bias", None)
         self.frozen = False
         self._generator = torch.Generator().manual_seed(seed)
+        self._undo: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def n_classes(self) -> int:
@@ -105,6 +106,7 @@ class IncrementalHead(nn.Module):
         self.grow(ordered)
         self.active = torch.tensor(ordered, dtype=torch.long, device=self.rows.device)
         fresh = self.active[~self.seen[self.active]]
+        self._undo = (fresh, self.rows[self.active], self._generator.get_state())
         if self.cosine and len(fresh):
             noise = torch.randn(len(fresh), self.dim, generator=self._generator).to(self.rows)
             self.rows[fresh] = F.normalize(noise, dim=-1)
@@ -120,12 +122,21 @@ class IncrementalHead(nn.Module):
             self.rows[self.active] = self.active_rows.detach()
         if self.active_bias is not None:
             self.bias[self.active] = self.active_bias.detach()
-        self.discard()
+        self._let_go()
 
+    @torch.no_grad()
     def discard(self) -> None:
-        """Let go of an open experience: its rows stay as they were when it began."""
+        """Let go of an open experience, as if it had not begun: rows are as they were, its new classes not seen."""
+        if self._undo is not None and len(self.active):
+            fresh, self.rows[self.active], drawn_from = self._undo
+            self.seen[fresh] = False
+            self._generator.set_state(drawn_from)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.active_rows, self.active_bias = None, None
         self.active = self.active[:0]
+        self._undo = None
 
     @torch.no_grad()
     def write(self, classes: Tensor, rows: Tensor) -> None:

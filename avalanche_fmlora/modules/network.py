@@ -141,8 +141,10 @@ class ContinualNetwork(nn.Module):
     def discard(self) -> None:
         """Let go of an experience that was broken off, as far as its parts were apart from the past's.
 
-        A plain LoRA, bases in training and the prompts of a pool stay where training has brought them.
+        A plain LoRA, bases in training and prompts that all tasks share stay where training has brought them.
         """
+        if self.selector is not None and len(self.head.active):
+            self.selector.discard()
         self.head.discard()
         if self.lora is not None:
             self.lora.discard()

@@ -96,6 +96,9 @@ class PromptPool(nn.Module):
     def end(self) -> None:
         """Close the task."""
 
+    def discard(self) -> None:
+        """Let go of an open task, as if it had not begun; prompts that all tasks share stay as trained."""
+
     def trained(self) -> list[nn.Parameter]:
         """What trains now."""
         raise NotImplementedError
@@ -192,6 +195,13 @@ class PromptedNetwork(ContinualNetwork):
         """Close the task; cached queries go."""
         super().end(core_step)
         self.pool.end()
+        self._open = False
+        self.queries.clear()
+
+    def discard(self) -> None:
+        """Let go of a task that was broken off; see :meth:`PromptPool.discard`."""
+        super().discard()
+        self.pool.discard()
         self._open = False
         self.queries.clear()
 

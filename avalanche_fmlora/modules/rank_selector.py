@@ -50,6 +50,7 @@ class RankSelector(nn.Module):
         self.register_buffer("prior", torch.zeros(n_groups, len(chosen)))
         self.delta = nn.Parameter(torch.zeros(n_groups, len(chosen)))
         self._generator = torch.Generator().manual_seed(seed)
+        self._drawn_from = self._generator.get_state()
 
     @torch.no_grad()
     def begin(self, complexity: float, similarity: float) -> float:
@@ -58,7 +59,12 @@ class RankSelector(nn.Module):
         target = functional.target_rank(complexity, similarity, low, high)
         self.prior.copy_(functional.rank_prior(self.candidates, target, self.sigma * self.rank).expand_as(self.prior))
         self.delta.zero_()
+        self._drawn_from = self._generator.get_state()
         return target
+
+    def discard(self) -> None:
+        """Let go of an experience that was broken off: the next one draws what it would have drawn."""
+        self._generator.set_state(self._drawn_from)
 
     @property
     def logits(self) -> Tensor:

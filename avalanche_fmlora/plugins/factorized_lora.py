@@ -70,7 +70,7 @@ class CoreRegularizationPlugin(SupervisedPlugin):
             self._found = found if self._found is None else self._found | found
         else:
             teacher, known = strategy.features_before(strategy.mb_x), None
-        term = functional.row_distillation(model.last_features, teacher, self._rows, known)
+        term = functional.row_distillation(strategy.mb_features, teacher, self._rows, known)
         strategy.loss += self.distillation * term
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:

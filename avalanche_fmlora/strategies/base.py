@@ -26,7 +26,7 @@ from avalanche_fmlora.plugins.class_means import ClassMeanPlugin
 from avalanche_fmlora.plugins.imprinting import ImprintingPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin, SchedulePlugin
 from avalanche_fmlora.strategies.compiled import CompiledFeatures
-from avalanche_fmlora.strategies.config import MethodConfig, validate
+from avalanche_fmlora.strategies.config import MethodConfig, idle_options, validate
 from avalanche_fmlora.strategies.loading import DataLoading
 from avalanche_fmlora.strategies.loss import Loss, smooths
 from avalanche_fmlora.strategies.optimization import Optimization
@@ -87,6 +87,10 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
     ) -> None:
         self._given_plugins = {k: options.pop(k) for k in self.plugin_options if isinstance(options.get(k), BasePlugin)}
         self.config = self._resolve(config, options)
+        named = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
+        given = {*options, *(() if config is None else config.model_fields_set)}
+        for line in idle_options(self.config.model_copy(update=named), given):
+            _LOG.warning("%s", line)
         criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         if getattr(criterion, "label_smoothing", 0.0) and not smooths(criterion):
             raise ValueError(
@@ -247,8 +251,9 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         with data, experience and model as they will be, plugins have their `on_begin`.
         """
         assert self.experience is not None
-        if self._begun is not None and self._begun.is_same(self.experience):
-            self.model.discard()  # it was broken off, or is over and nothing is open
+        if len(self.model.head.active) and not (self._begun is not None and self._begun.is_same(self.experience)):
+            _LOG.warning("The experience before this one was broken off: what it has trained is dropped.")
+        self.model.discard()  # nothing is open unless one was broken off, this one or another
         self._begun = None
         self._take_training_set()
         trigger_plugins(self, "on_begin", **kwargs)
@@ -261,7 +266,8 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         """Logits of the mini-batch, float32."""
         with self._autocast():
             features = self._features_of()(self.mb_x)
-        self.model.last_features = features = features.to(self.model.head.rows.dtype)
+        self.model.last_features = self.mb_features = features = features.to(self.model.head.rows.dtype)
+        self._mb_extra = self.model.extra_loss() if self.is_training else None
         return self.model.head(features)
 
     def _features_of(self) -> Callable[[Tensor], Tensor]:
@@ -269,8 +275,10 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         return self._compiled.of(self.model) if self.config.compile else self.model.features
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled function, which can't be pickled and, copied, would go on with this model."""
-        return {**self.__dict__, "_compiled": CompiledFeatures()}
+        """Without the compiled function, which can't be pickled and, copied, would go on with this model; and without
+        what hangs on the graph of a mini-batch.
+        """
+        return {**self.__dict__, "_compiled": CompiledFeatures(), "mb_features": None, "_mb_extra": None}
 
     def features_at_start(self) -> tuple[Tensor, Tensor]:
         """Features [M, D] and labels [M] of the experience that begins, before it trains.

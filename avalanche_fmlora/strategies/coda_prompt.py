@@ -204,6 +204,14 @@ class CODAPromptPool(PromptPool):
                 getattr(self, name)[:, stop - self.share : stop] = active
                 self.register_parameter(f"active_{name}", None)
 
+    def discard(self) -> None:
+        """Let go of the open task's components."""
+        if self.active_keys is not None:
+            self.experiences -= 1
+            self._begun -= 1
+            for name in ("active_prompts", "active_keys", "active_attention"):
+                self.register_parameter(name, None)
+
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """P, K, A of the tasks so far, [blocks, components, ...]; only those of the open task have a gradient."""
         stop = self._begun * self.share

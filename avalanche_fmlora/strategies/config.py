@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -91,6 +92,34 @@ def structural_options(config: type[BaseModel]) -> set[str]:
     classes = [c for c in config.__mro__ if issubclass(c, BaseModel)]
     fields = [(name, field) for c in classes for name, field in c.model_fields.items()]
     return {name for name, field in fields if any(isinstance(m, _OfTheModel) for m in field.metadata)}
+
+
+_CLASS_MEAN = "classifier='class_mean'"
+_NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "logit_scale": ("another classifier than 'linear'", lambda c: c.classifier != "linear"),
+    "row_transport": (_CLASS_MEAN, lambda c: c.classifier == "class_mean"),
+    "whitening": (_CLASS_MEAN, lambda c: c.classifier == "class_mean"),
+    "recurring_rows": (_CLASS_MEAN, lambda c: c.classifier == "class_mean"),
+    "whitening_covariance": (f"{_CLASS_MEAN} and whitening", lambda c: c.classifier == "class_mean" and c.whitening),
+    "transport_ridge": (f"{_CLASS_MEAN} and row_transport", lambda c: c.classifier == "class_mean" and c.row_transport),
+    "momentum": ("optimizer='sgd'", lambda c: c.optimizer == "sgd"),
+    "meta_prompt": ("a prompt: prompt_length above 0", lambda c: bool(c.prompt_length)),
+}
+
+
+def idle_options(config: MethodConfig, given: Iterable[str]) -> list[str]:
+    """What to say of options that were given and have no effect beside the others; those that are off are left alone.
+
+    >>> idle_options(MethodConfig(whitening=0.3), ["whitening"])
+    ["whitening=0.3 has no effect here: it needs classifier='class_mean'."]
+    """
+    values = {name: getattr(config, name) for name in _NEEDS if name in given and name in type(config).model_fields}
+    on = {name: value for name, value in values.items() if value not in (None, False)}
+    return [
+        f"{name}={value!r} has no effect here: it needs {_NEEDS[name][0]}."
+        for name, value in on.items()
+        if not _NEEDS[name][1](config)
+    ]
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

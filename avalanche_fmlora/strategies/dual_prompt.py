@@ -149,6 +149,13 @@ class DualPromptPool(PromptPool):
         self.register_parameter("active_expert", None)
         self.register_parameter("active_key", None)
 
+    def discard(self) -> None:
+        """Let go of the open task's expert and key; the general prompt stays as trained."""
+        if self.active_key is not None:
+            self.experiences -= 1
+            self.register_parameter("active_expert", None)
+            self.register_parameter("active_key", None)
+
     def forward(self, query: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Queries [B, D] -> keys' and values' prefixes by block: [L_G, D] or [L_E, D] if shared, else [B, L_E, D].
 

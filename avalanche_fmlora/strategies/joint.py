@@ -67,3 +67,9 @@ class JointStrategy(SeqLoRAStrategy):
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """All training sets, one behind the other."""
         self.adapted_dataset = concat_datasets([e.dataset for e in self._experiences]).train()
+
+    def make_train_dataloader(self, num_workers: int = 0, **kwargs: Any) -> None:
+        """One loader of all images, each once an epoch; Avalanche's would balance tasks by repeating their images."""
+        several = len({int(task) for task in self.adapted_dataset.targets_task_labels}) > 1
+        make = self.plain_train_dataloader if several else super().make_train_dataloader
+        make(num_workers, **kwargs)

@@ -35,15 +35,30 @@ class DataLoading(SupervisedTemplate):
         return bool(self.device.type != "cpu")
 
     def make_train_dataloader(self, num_workers: int = 0, **kwargs: Any) -> None:
-        """Arguments as in Avalanche, passed to ``train``."""
+        """Arguments as in Avalanche, passed to ``train``.
+
+        Raises:
+            ValueError: if there are no images.
+        """
+        if not len(self.adapted_dataset):
+            number = getattr(self.experience, "_current_experience", None)
+            raise ValueError(
+                f"Expected images to train on but experience {'' if number is None else number} has none: leave it out "
+                "of the stream, or have the plugin that chose among its images keep some."
+            )
         self._num_workers = num_workers
         super().make_train_dataloader(num_workers=num_workers, **kwargs)
         made: Any = self.dataloader
         if isinstance(made, DataLoader):  # its data set can't be replaced, so it is made anew
-            known = {name: value for name, value in kwargs.items() if name in _LOADER_ARGUMENTS}
-            arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **known}
-            items = self._items(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
-            self.dataloader = self._loader(items, **arguments)
+            self.plain_train_dataloader(num_workers, **kwargs)
+
+    def plain_train_dataloader(self, num_workers: int = 0, **kwargs: Any) -> None:
+        """torch's own loader of all images that train; arguments as in Avalanche."""
+        self._num_workers = num_workers
+        known = {name: value for name, value in kwargs.items() if name in _LOADER_ARGUMENTS}
+        arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **known}
+        items = self._items(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
+        self.dataloader = self._loader(items, **arguments)
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """Arguments as in Avalanche, passed to ``eval``, which draws nothing from the generator of training."""
@@ -55,7 +70,7 @@ class DataLoading(SupervisedTemplate):
         """Avalanche's epoch, with seeds for its items and a clock at its loader."""
         self._wrap(seeded=True)
         for items in _items_of(self.dataloader):
-            items.epoch.fill_(self.clock.train_exp_epochs)
+            items.begin_epoch(self.clock.train_exp_epochs)
         untimed = self.dataloader
         self.dataloader = cast(Any, TimedLoader(untimed, self._add_wait))
         try:

@@ -17,10 +17,16 @@ _IGNORED = -100
 
 
 class Loss(SupervisedTemplate):
-    """The part of :class:`strategies.base.ContinualStrategy` that computes its loss."""
+    """The part of :class:`strategies.base.ContinualStrategy` that computes its loss.
+
+    Attributes:
+        mb_features: features [B, D] of the mini-batch, for losses on features; a plugin may use the model in between.
+    """
 
     model: ContinualNetwork
     config: Any
+    mb_features: Tensor | None = None
+    _mb_extra: Tensor | None = None
 
     def criterion(self) -> Tensor:
         """The loss over the classes that take part: the experience's own and those in the batch, or all seen.
@@ -33,7 +39,8 @@ class Loss(SupervisedTemplate):
         allowed = head.seen.clone()
         if not self.is_training:
             allowed[self.mb_y] = True
-            return self._over(allowed) if _cuts(self._criterion) else self._criterion(self.mb_output, self.mb_y)
+            cuts = smooths(self._criterion) or _weighs(self._criterion)
+            return self._over(allowed) if cuts else self._criterion(self.mb_output, self.mb_y)
         if self.config.loss_classes == "current":
             allowed.zero_()
             allowed[head.active] = True
@@ -50,12 +57,14 @@ class Loss(SupervisedTemplate):
                 "take no part are −∞, so a criterion must read those of the labels and log-sum-exps only, as "
                 "torch.nn.CrossEntropyLoss does, whose label smoothing is over the classes that take part."
             )
-        extra = self.model.extra_loss()
-        return loss if extra is None else loss + extra
+        return loss if self._mb_extra is None else loss + self._mb_extra
 
     def _over(self, allowed: Tensor) -> Tensor:
-        """The criterion over the classes `allowed`, bool [C]; what smooths or weighs them sees no others."""
-        if not _cuts(self._criterion):
+        """The criterion over the classes `allowed`, bool [C]; torch's cross-entropy is given no others.
+
+        So it comes out the same to the bit however far an evaluation has made the head grow.
+        """
+        if not _is_torchs(self._criterion):
             return self._criterion(functional.masked_logits(self.mb_output, allowed), self.mb_y)
         columns, ce = allowed.nonzero().squeeze(1), self._criterion
         if ce.weight is not None and len(ce.weight) < len(allowed):
@@ -78,9 +87,9 @@ def smooths(criterion: Any) -> bool:
     return _is_torchs(criterion) and bool(criterion.label_smoothing)
 
 
-def _cuts(criterion: Any) -> bool:
-    """Whether it is torch's cross-entropy that smooths labels or weighs classes: given those that take part alone."""
-    return smooths(criterion) or (_is_torchs(criterion) and criterion.weight is not None)
+def _weighs(criterion: Any) -> bool:
+    """Whether it is torch's cross-entropy with a weight for each class."""
+    return _is_torchs(criterion) and criterion.weight is not None
 
 
 def _is_torchs(criterion: Any) -> bool:

@@ -37,9 +37,9 @@ class Trained:
         """Write all that was added to the backbone (safetensors, no pickle); the backbone itself is not in it.
 
         Raises:
-            ValueError: while low-rank updates are in training: they are no part of the model yet.
+            ValueError: while an experience is in training: what it trains is no part of the model yet.
         """
-        if self.model.lora is not None and self.model.lora.active:
+        if len(self.model.head.active) or (self.model.lora is not None and self.model.lora.active):
             raise ValueError(
                 "Expected a model between experiences but one is in training, or was broken off: save when `train` has "
                 "returned, or in a plugin's `after_training_exp`."

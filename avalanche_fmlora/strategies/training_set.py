@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from avalanche.training.templates import SupervisedTemplate
-
 from avalanche_fmlora.modules.network import ContinualNetwork
+from avalanche_fmlora.strategies.loss import Loss
 
 
-class TrainingSet(SupervisedTemplate):
+class TrainingSet(Loss):
     """The part of :class:`strategies.base.ContinualStrategy` that says what passes over an experience read."""
 
     model: ContinualNetwork
@@ -26,9 +25,9 @@ class TrainingSet(SupervisedTemplate):
     def training_dataset(self) -> Any:
         """The images that train, with the evaluation transform: the experience's, or what a plugin puts in their place.
 
-        A plugin does so if it brings classes that the head does not know, or other images to a head that knows none:
-        GDumb's memory, with which the model starts anew. Samples of known classes beside the experience's own, as
-        replay has them, only train.
+        A plugin does so if it leaves some of the experience's images out, brings classes that the head does not know,
+        or other images to a head that knows none: GDumb's memory, with which the model starts anew. Samples of known
+        classes beside the experience's own, as replay has them, only train.
         """
         return (self.experience.dataset if self._training_set is None else self._training_set).eval()
 
@@ -47,13 +46,15 @@ class TrainingSet(SupervisedTemplate):
         known = set(self.model.head.seen.nonzero().flatten().tolist())
         others = self.clock.train_exp_counter > 0 or len(self.adapted_dataset) != len(self.experience.dataset)
         replaced = bool(given - own - known) or (not known and others and len(experiences) == 1)
-        self._training_classes = sorted(given if replaced else own)
+        replaced |= given <= own and len(self.adapted_dataset) < sum(len(e.dataset) for e in experiences)
+        self._training_classes = sorted(given if replaced else given & own)
         self._training_set = self.adapted_dataset if replaced or len(experiences) > 1 else self.experience.dataset
 
     def _train_cleanup(self) -> None:
         """Let go of all data, as Avalanche does: a strategy between two experiences can be copied and pickled."""
         super()._train_cleanup()
         self._training_set = None
+        self.mb_features = self._mb_extra = None
         self._begun = None if self._begun is None else replace(self._begun, experience=None)
 
 

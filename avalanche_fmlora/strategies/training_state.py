@@ -61,6 +61,8 @@ def load_training_state(strategy: ContinualStrategy, state: Mapping[str, Any]) -
             "build it as the one that was saved."
         )
     for plugin, (_, kept) in zip(plugins, state["plugins"], strict=True):
+        _check_arguments(plugin, kept)
+    for plugin, (_, kept) in zip(plugins, state["plugins"], strict=True):
         load_object_state(plugin, {name: value for name, value in kept.items() if name != _SCHEDULER})
         if isinstance(plugin, LRSchedulerPlugin):
             plugin.scheduler.load_state_dict(kept[_SCHEDULER])
@@ -83,7 +85,9 @@ def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
         "batch_size": strategy.train_mb_size,
         "optimizer": type(strategy.optimizer).__name__,
         "rates": [group["lr"] for group in strategy.optimizer.param_groups],
+        "optimizer_options": [_options_of(group) for group in strategy.optimizer.param_groups],
         "criterion": type(strategy._criterion).__name__,
+        "criterion_options": _criterion_options(strategy._criterion),
     }
     return {
         "method": strategy.method,
@@ -91,6 +95,38 @@ def training_identity(strategy: ContinualStrategy) -> dict[str, Any]:
         "training": training,
         "backbone": state_sha256(strategy.model.backbone_weights()),
     }
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Momentum, weight decay and the like."""
+    options: dict[str, Any] = plain({name: value for name, value in group.items() if name not in ("params", "lr")})
+    return options
+
+
+def _criterion_options(criterion: Any) -> dict[str, Any]:
+    """Numbers and text of a criterion, and its tensors as lists."""
+    if not isinstance(criterion, nn.Module):
+        return {}
+    own = {k: v for k, v in vars(criterion).items() if k[0] != "_" and k != "training"}
+    numbers = {k: v for k, v in own.items() if v is None or isinstance(v, str | bool | int | float)}
+    return numbers | {name: tensor.tolist() for name, tensor in criterion.state_dict().items()}
+
+
+def _check_arguments(plugin: Any, kept: Mapping[str, Any]) -> None:
+    """Arguments of a plugin's constructor, where it keeps them under their names, are those that it was saved with.
+
+    Raises:
+        ValueError: where a plugin of this package has others. Another one may mean its argument to change: a warning.
+    """
+    arguments = [name for name in inspect.signature(type(plugin)).parameters if name in kept and name in vars(plugin)]
+    now = object_state(plugin, arguments, tensors=False)[0]
+    others = [name for name in now if now[name] != kept[name] and not isinstance(kept[name], torch.Tensor)]
+    if not others:
+        return
+    values = ", ".join(f"{name}={now[name]!r} where the saved one had {kept[name]!r}" for name in others)
+    if is_ours(plugin):
+        raise ValueError(f"{type(plugin).__name__} has {values}: build it as the one that was saved.")
+    logger.warning("%s has %s, and goes on with the saved.", type(plugin).__name__, values)
 
 
 def _model_state(model: ContinualNetwork) -> dict[str, Any]:
