@@ -231,6 +231,8 @@ def test_a_pool_too_small_is_an_error(make_vit: Any) -> None:
 def test_a_saved_strategy_is_the_same(make_vit: Any, tmp_path: Any, photos: Tensor) -> None:
     first, second = build(make_vit), build(make_vit, seed=1)
     first.model.begin([0, 1])
+    first.model.end()
+    first.model.head.close()
     assert not torch.equal(first.model.pool.keys, second.model.pool.keys)
     first.save(tmp_path / "adapter.safetensors")
     second.load(tmp_path / "adapter.safetensors")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import ReplayPlugin
+from torch.utils.data import ConcatDataset, DataLoader
 
 from avalanche_fmlora.data.base import Domain, ImageSet, class_incremental, domain_incremental
 from avalanche_fmlora.data.device_transforms import Crops
-from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of
+from avalanche_fmlora.data.loading import CountedIndices, LoaderItems, TimedLoader, finish_of
 from avalanche_fmlora.data.transforms import Finish, make_transforms
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -54,7 +57,6 @@ def test_batches_do_not_depend_on_workers_nor_on_what_was_drawn_before() -> None
     before = torch.get_rng_state()
     items[3]
     assert torch.equal(torch.get_rng_state(), before)
-    items.begin_epoch(0)
     for got, expected in zip(batches(items, num_workers=2), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -69,32 +71,18 @@ def test_draws_change_with_epoch_experience_seed_and_item() -> None:
     for seeds in ((0, 0), (1, 0), (0, 1)):
         items = LoaderItems(dataset, seeds=seeds)
         for epoch in range(2):
-            items.begin_epoch(epoch)
+            items.epoch.fill_(epoch)
             views += [items[i][0] for i in range(4)]
     assert len({view.numpy().tobytes() for view in views}) == len(views) == 24
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew(workers: int) -> None:
-    """As replay repeats its few images, in a loader that starts over."""
-    items = LoaderItems(benchmark().train_stream[0].dataset, seeds=(0, 0))
-    seen = [torch.cat(batches(items, num_workers=workers)) for _ in range(3)]
-    assert len({view.numpy().tobytes() for view in torch.cat(seen)}) == 3 * len(items)
-    items.begin_epoch(0)
-    again = [torch.cat(batches(items, num_workers=workers)) for _ in range(3)]
-    assert all(torch.equal(a, b) for a, b in zip(again, seen, strict=True))
 
 
 def test_workers_that_outlive_an_epoch_see_the_next_one() -> None:
     items = LoaderItems(benchmark().train_stream[0].dataset, seeds=(0, 0))
     loader = DataLoader(items, batch_size=12, num_workers=1, persistent_workers=True, collate_fn=items.collate)
     first = next(iter(loader))[0]
-    items.begin_epoch(1)
+    items.epoch.fill_(1)
     second = next(iter(loader))[0]
-    items.begin_epoch(1)
-    wanted = batches(items)[0]
-    items.begin_epoch(1)
-    assert torch.equal(second, wanted.new_tensor(np.stack([items[i][0] for i in range(12)])))
+    assert torch.equal(second, batches(items)[0].new_tensor(np.stack([items[i][0] for i in range(12)])))
     assert not torch.equal(first, second)
 
 
@@ -252,3 +240,38 @@ def test_images_are_read_with_one_thread_and_trained_on_with_all() -> None:
         torch.set_num_threads(before)
     assert seen == [(0, 2), (1, 2)]
     assert reading == [1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew(workers: int) -> None:
+    """As replay repeats its few images; whichever worker reads it first."""
+    items = LoaderItems(benchmark().train_stream[0].dataset, seeds=(0, 0))
+    order = [[0, 1, 0], [2, 0], [1, 2], [0, 3]]
+    loader = DataLoader(
+        ConcatDataset([items, items]),
+        batch_sampler=CountedIndices([[i + len(items) for i in batch] for batch in order]),
+        collate_fn=items.collate,
+        num_workers=workers,
+    )
+    seen = torch.cat([batch[0] for batch in loader])
+    assert len({view.numpy().tobytes() for view in seen}) == len(seen) == 9
+    assert torch.equal(seen[1], items[1][0]), "the first time it is as in a loader without repeats"
+    assert torch.equal(torch.cat([batch[0] for batch in loader]), seen)
+
+
+def test_replayed_images_are_drawn_anew(make_strategy: Any) -> None:
+    views: list[bytes] = []
+
+    class Watch(SupervisedPlugin):
+        def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.experience.current_experience == 1:
+                views.extend(image.numpy().tobytes() for image in strategy.mb_x)
+
+    stream = benchmark().train_stream
+    strategy = make_strategy("seq_lora", train_epochs=1, plugins=[ReplayPlugin(mem_size=2), Watch()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for experience in stream:
+            strategy.train(experience)
+    assert len(views) > len(stream[1].dataset) + 2, "the memory's two images come again and again"
+    assert len(set(views)) == len(views)

@@ -10,6 +10,7 @@ stay uint8 and the strategy converts and normalises a whole batch where it train
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -36,7 +37,6 @@ class LoaderItems(Dataset[Any]):
 
     Attributes:
         epoch: int64 [1] in shared memory, so that workers that outlive an epoch see it too; draws depend on it.
-        visits: int32 [M] in shared memory: how often each item has been read in this epoch.
     """
 
     def __init__(
@@ -47,12 +47,6 @@ class LoaderItems(Dataset[Any]):
         self.finish = finish
         self.crops = crops
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.visits = torch.zeros(0 if seeds is None else len(dataset), dtype=torch.int32).share_memory_()
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Draws are of this epoch from now on, also in workers."""
-        self.epoch.fill_(epoch)
-        self.visits.zero_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -60,9 +54,8 @@ class LoaderItems(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if self.seeds is None:
             return self._read(index, self._apply)
-        visit = int(self.visits[index])
-        self.visits[index] += 1
-        run, place = self.seeds[0], (*self.seeds[1:], int(self.epoch), int(index), *([visit] if visit else []))
+        again = [index.visit] if isinstance(index, Again) else []
+        run, place = self.seeds[0], (*self.seeds[1:], int(self.epoch), int(index), *again)
 
         def apply(transform: ImageTransform, image: Tensor) -> Any:
             with nullcontext() if transform.seed is None else drawn_from(transform.seed, *place):
@@ -74,7 +67,7 @@ class LoaderItems(Dataset[Any]):
     def _read(self, index: int, apply: Callable[[ImageTransform, Tensor], Any]) -> Any:
         token = application.set(apply)
         try:
-            return self.dataset[index]
+            return self.dataset[int(index)]
         finally:
             application.reset(token)
 
@@ -119,6 +112,49 @@ class LoaderItems(Dataset[Any]):
             )
         batch: Tensor = default_collate(list(images))
         return batch
+
+
+class Again(int):
+    """Index of an item that has come before in this epoch; it survives the subtraction that joined data sets do.
+
+    >>> (Again.of(7, visit=2) - 3, (Again.of(7, visit=2) - 3).visit)
+    (4, 2)
+    """
+
+    visit: int
+
+    @classmethod
+    def of(cls, index: int, visit: int) -> Again:
+        """The index, with how often it has come."""
+        made = cls(index)
+        made.visit = visit
+        return made
+
+    def __sub__(self, other: int) -> Again:
+        return Again.of(int(self) - other, self.visit)
+
+
+class CountedIndices:
+    """What a sampler or batch sampler gives, indices that come again in one pass over it as :class:`Again`.
+
+    It counts where batches are put together, so workers, which read them in any order, draw the same.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        visits: Counter[int] = Counter()
+
+        def counted(index: int) -> int:
+            visits[index] += 1
+            return index if visits[index] == 1 else Again.of(index, visits[index] - 1)
+
+        for given in self.sampler:
+            yield [counted(int(i)) for i in given] if isinstance(given, list | tuple) else counted(int(given))
 
 
 def own_collate(dataset: Any) -> Callable[[list[Any]], Any] | None:

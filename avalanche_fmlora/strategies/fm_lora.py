@@ -88,7 +88,7 @@ class FMLoRAConfig(MethodConfig):
     """`known`: the teacher speaks on images whose features the pass before the experience gave, at no further pass, and
     is silent where inputs change from epoch to epoch; `every_step`: one more forward pass a step, without autograd."""
     stability: float = Field(0.0, ge=0)
-    """Weight λ_core of ‖C_t − C_{t−1}‖²."""
+    """Weight λ_core of ‖C_t − C_{t−1}‖², with C_t as trained, before `core_step` takes its share of the update."""
     rank_selection: RankSelectionConfig | None = RankSelectionConfig()
     """Dynamic rank selector; null keeps rank R in every experience. A RankSelectionPlugin is taken too."""
     prompt_length: Structural[int] = Field(1, ge=0)

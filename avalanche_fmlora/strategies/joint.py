@@ -70,6 +70,6 @@ class JointStrategy(SeqLoRAStrategy):
 
     def make_train_dataloader(self, num_workers: int = 0, **kwargs: Any) -> None:
         """One loader of all images, each once an epoch; Avalanche's would balance tasks by repeating their images."""
-        several = len({int(task) for task in self.adapted_dataset.targets_task_labels}) > 1
+        several = len({int(task) for task in getattr(self.adapted_dataset, "targets_task_labels", ())}) > 1
         make = self.plain_train_dataloader if several else super().make_train_dataloader
         make(num_workers, **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_fmlora.data.device_transforms import resizes_on
-from avalanche_fmlora.data.loading import LoaderItems, TimedLoader, finish_of, own_collate
+from avalanche_fmlora.data.loading import CountedIndices, LoaderItems, TimedLoader, finish_of, own_collate
 from avalanche_fmlora.data.transforms import Finish
 
 _LOADER_ARGUMENTS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset", "collate_fn"}
@@ -56,6 +57,7 @@ class DataLoading(SupervisedTemplate):
         """torch's own loader of all images that train; arguments as in Avalanche."""
         self._num_workers = num_workers
         known = {name: value for name, value in kwargs.items() if name in _LOADER_ARGUMENTS}
+        known |= {name: CountedIndices(known[name]) for name in ("sampler", "batch_sampler") if known.get(name)}
         arguments = {"num_workers": num_workers, "shuffle": True, "batch_size": self.train_mb_size, **known}
         items = self._items(self.adapted_dataset, self._seeds(True), self._finish(self.adapted_dataset))
         self.dataloader = self._loader(items, **arguments)
@@ -70,7 +72,7 @@ class DataLoading(SupervisedTemplate):
         """Avalanche's epoch, with seeds for its items and a clock at its loader."""
         self._wrap(seeded=True)
         for items in _items_of(self.dataloader):
-            items.begin_epoch(self.clock.train_exp_epochs)
+            items.epoch.fill_(self.clock.train_exp_epochs)
         untimed = self.dataloader
         self.dataloader = cast(Any, TimedLoader(untimed, self._add_wait))
         try:
@@ -110,6 +112,8 @@ class DataLoading(SupervisedTemplate):
                 for i, dataset in enumerate(loader.datasets)
             ]
             loader.loader_kwargs["collate_fn"] = loader.datasets[0].collate
+            made: Any = loader
+            made._make_pytorch_loader = functools.partial(_counted, loader._make_pytorch_loader)
 
     def _seeds(self, seeded: bool, part: int = 0) -> tuple[int, int, int] | None:
         return (torch.initial_seed(), self.clock.train_exp_counter, part) if seeded else None
@@ -132,6 +136,11 @@ class DataLoading(SupervisedTemplate):
 
     def _add_wait(self, seconds: float) -> None:
         self.data_wait_s += seconds
+
+
+def _counted(make: Callable[..., Any], datasets: Any, batch_sampler: Any) -> Any:
+    """Avalanche's loader of several data sets, which repeats small ones, telling apart how often an image has come."""
+    return make(datasets, CountedIndices(batch_sampler))
 
 
 def _items_of(loader: Any) -> list[LoaderItems]:
