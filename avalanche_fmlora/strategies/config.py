@@ -108,13 +108,14 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def idle_options(config: MethodConfig, given: Iterable[str]) -> list[str]:
-    """What to say of options that were given and have no effect beside the others; those that are off are left alone.
+    """What to say of options that were given and have no effect beside the others, unless they are off or the default.
 
     >>> idle_options(MethodConfig(whitening=0.3), ["whitening"])
     ["whitening=0.3 has no effect here: it needs classifier='class_mean'."]
     """
-    values = {name: getattr(config, name) for name in _NEEDS if name in given and name in type(config).model_fields}
-    on = {name: value for name, value in values.items() if value not in (None, False)}
+    fields = type(config).model_fields
+    values = {name: getattr(config, name) for name in _NEEDS if name in given and name in fields}
+    on = {name: value for name, value in values.items() if value not in (None, False, fields[name].default)}
     return [
         f"{name}={value!r} has no effect here: it needs {_NEEDS[name][0]}."
         for name, value in on.items()
