@@ -143,3 +143,23 @@ def test_a_loss_of_several_numbers_is_named(make_strategy: Any, class_benchmark:
     strategy = make_strategy("linear_probe", criterion=nn.CrossEntropyLoss(reduction="none"))
     with pytest.raises(ValueError, match=r"one number but CrossEntropyLoss gives \(\d+,\): .*reduction='mean'"):
         strategy.train(class_benchmark.train_stream[0])
+
+
+@pytest.mark.parametrize("criterion", [torch.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_the_width_of_the_head_changes_no_bit_of_the_loss(criterion: Any, make_strategy: Any) -> None:
+    """An evaluation on classes to come makes it wider."""
+    generator = torch.Generator().manual_seed(0)
+    strategy = make_strategy("seq_lora", criterion=criterion)
+    strategy.is_training = True
+    losses = []
+    for width in (6, 24, 100):
+        strategy.model.head.grow([width - 1])
+        strategy.model.head.active = torch.arange(6)
+        logits = torch.randn(16, 6, generator=generator.manual_seed(0)) * 4
+        strategy.mb_output = torch.cat([logits, torch.full((16, width - 6), -1e4)], 1).requires_grad_()
+        strategy.mbatch = [torch.zeros(16, 1), torch.arange(16) % 6, torch.zeros(16)]
+        loss = strategy.criterion()
+        (gradient,) = torch.autograd.grad(loss, strategy.mb_output)
+        losses.append((float(loss.detach()), gradient[:, :6].clone()))
+    assert len({value for value, _ in losses}) == 1
+    assert all(torch.equal(gradient, losses[0][1]) for _, gradient in losses)

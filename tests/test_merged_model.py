@@ -149,3 +149,25 @@ def test_merged_weights_move_with_the_model(
     assert set(strategy.model.state_dict()) == names
     strategy.unmerge()
     assert not [key for key in dict(strategy.model.named_buffers()) if "merged" in key]
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "seq_lora", "inflora", "sd_lora"])
+def test_a_state_dict_replaces_merged_weights(
+    name: str, make_strategy: Any, train: Any, class_benchmark: Any, images: Any
+) -> None:
+    states: list[Any] = []
+
+    def keep(strategy: Any) -> None:
+        strategy.model.eval()
+        states.append(({k: v.clone() for k, v in strategy.model.state_dict().items()}, strategy.model(images).detach()))
+
+    strategy = train(make_strategy(name), class_benchmark, n=1, after=keep)
+    ((state, logits),) = states
+    with torch.no_grad():
+        for layer in strategy.model.lora.layers:
+            for parameter in layer.state_dict().values():
+                parameter.mul_(1.5) if parameter.is_floating_point() else None
+        strategy.merge()
+        assert not torch.equal(strategy.model(images), logits)
+        strategy.model.load_state_dict(state)
+        assert torch.equal(strategy.model(images), logits)

@@ -39,8 +39,7 @@ class Loss(SupervisedTemplate):
         allowed = head.seen.clone()
         if not self.is_training:
             allowed[self.mb_y] = True
-            cuts = smooths(self._criterion) or _weighs(self._criterion)
-            return self._over(allowed) if cuts else self._criterion(self.mb_output, self.mb_y)
+            return self._over(allowed) if _is_torchs(self._criterion) else self._criterion(self.mb_output, self.mb_y)
         if self.config.loss_classes == "current":
             allowed.zero_()
             allowed[head.active] = True
@@ -58,6 +57,11 @@ class Loss(SupervisedTemplate):
                 "torch.nn.CrossEntropyLoss does, whose label smoothing is over the classes that take part."
             )
         return loss if self._mb_extra is None else loss + self._mb_extra
+
+    def _train_cleanup(self) -> None:
+        """Let go of the last mini-batch's graph."""
+        super()._train_cleanup()
+        self.mb_features = self._mb_extra = None
 
     def _over(self, allowed: Tensor) -> Tensor:
         """The criterion over the classes `allowed`, bool [C]; torch's cross-entropy is given no others.
@@ -85,11 +89,6 @@ class Loss(SupervisedTemplate):
 def smooths(criterion: Any) -> bool:
     """Whether it is torch's cross-entropy with label smoothing."""
     return _is_torchs(criterion) and bool(criterion.label_smoothing)
-
-
-def _weighs(criterion: Any) -> bool:
-    """Whether it is torch's cross-entropy with a weight for each class."""
-    return _is_torchs(criterion) and criterion.weight is not None
 
 
 def _is_torchs(criterion: Any) -> bool:

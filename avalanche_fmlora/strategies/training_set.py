@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from avalanche.training.templates import SupervisedTemplate
+
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.strategies.loss import Loss
 
 
-class TrainingSet(Loss):
+class TrainingSet(SupervisedTemplate):
     """The part of :class:`strategies.base.ContinualStrategy` that says what passes over an experience read."""
 
     model: ContinualNetwork
@@ -54,7 +55,6 @@ class TrainingSet(Loss):
         """Let go of all data, as Avalanche does: a strategy between two experiences can be copied and pickled."""
         super()._train_cleanup()
         self._training_set = None
-        self.mb_features = self._mb_extra = None
         self._begun = None if self._begun is None else replace(self._begun, experience=None)
 
 
