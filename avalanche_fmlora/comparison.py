@@ -106,7 +106,8 @@ def one_line(record: Record, found: bool = False) -> str:
     """
     config = record["config"]
     method = config["method"] if not config["label"] else f"{config['method']} ({config['label']})"
-    name = f"{method}, class order {config['class_order_seed']}"
+    order = config["class_order_seed"]
+    name = f"{method}, class order {'as given' if order is None else order}"
     if config["seed"]:
         name += f", seed {config['seed']}"
     if record["status"] != "finished":

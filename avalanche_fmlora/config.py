@@ -52,7 +52,8 @@ class RunConfig(StrictModel):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial values and batches."""
     class_order_seed: int | None = Field(0, ge=0)
-    """Seed of the order of classes (or domains); null keeps the data's own, as does a `benchmark.domain_order`."""
+    """Seed of the order of classes (or domains); null keeps the data's own. Of the domains that
+    `benchmark.domain_order` names, 0 and null keep the order given there, other numbers draw one."""
     label: str | None = None
     """Name of the row in tables; it does not change the run."""
 
@@ -62,12 +63,7 @@ class RunConfig(StrictModel):
         benchmark = values.get("benchmark") if isinstance(values, dict) else None
         plain = benchmark.model_dump() if isinstance(benchmark, BenchmarkConfig) else benchmark
         if isinstance(plain, dict) and plain.get("domain_order") is not None:
-            if values.get("class_order_seed") not in (None, 0):
-                raise ValueError(
-                    "`benchmark.domain_order` fixes the order, so a `class_order_seed` other than 0 has none to draw: "
-                    "leave one of both out, or compare several orders as `grid: {benchmark.domain_order: [[…], […]]}`."
-                )
-            return {**values, "class_order_seed": None}
+            return {**values, "class_order_seed": values.get("class_order_seed") or None}
         return values
 
     def resolved_method(self) -> MethodConfig:

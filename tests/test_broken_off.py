@@ -27,6 +27,17 @@ class _Do(SupervisedPlugin):
             what(strategy)
 
 
+class _StopFirst(SupervisedPlugin):
+    """Breaks off the first experience that trains, in its third epoch."""
+
+    stopped = False
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        if not self.stopped and strategy.clock.train_exp_epochs == 2:
+            self.stopped = True
+            raise KeyboardInterrupt
+
+
 def _reload(strategy: Any) -> None:
     strategy.model.load_state_dict(strategy.model.state_dict())
 
@@ -132,7 +143,7 @@ def test_rows_of_the_past_stay_if_their_class_was_broken_off(make_strategy: Any,
     assert strategy.model.head.active_rows is None
 
 
-@pytest.mark.parametrize("name", ["fm_lora", "inflora", "coda_prompt", "linear_probe"])
+@pytest.mark.parametrize("name", ["fm_lora", "inflora", "sd_lora", "coda_prompt", "linear_probe"])
 def test_another_experience_trains_as_if_there_had_been_none(
     name: str, make_strategy: Any, class_benchmark: Any, caplog: Any
 ) -> None:
@@ -198,3 +209,87 @@ def test_joint_training_that_was_broken_off_begins_again(make_strategy: Any, cla
     assert strategy.model.head.seen.tolist() == [True] * 6
     with pytest.raises(ValueError, match="call `train` once, with the whole stream"):
         strategy.train(class_benchmark.train_stream)
+
+
+def test_complexity_is_relative_to_the_first_experience_that_was_finished(
+    make_strategy: Any, class_benchmark: Any
+) -> None:
+    broken, whole = make_strategy("fm_lora", plugins=[_StopFirst()]), make_strategy("fm_lora")
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(class_benchmark.train_stream[0])
+    for strategy in (broken, whole):
+        strategy.train(class_benchmark.train_stream[1])
+    assert broken.model.lora.first_complexity == whole.model.lora.first_complexity > 0
+
+
+def test_means_are_not_kept_for_classes_that_recurred_in_vain(make_strategy: Any, domain_benchmark: Any) -> None:
+    strategy = make_strategy("fm_lora", plugins=[_Do(2, _stop)])
+    strategy.train(domain_benchmark.train_stream[0])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(domain_benchmark.train_stream[1])
+    assert len(strategy.model.head.means) == 1
+    strategy.model.discard()
+    assert not len(strategy.model.head.means)
+    strategy.train(domain_benchmark.train_stream[1])
+    strategy.model.discard()
+    assert len(strategy.model.head.means) == 2, "those of finished experiences stay"
+
+
+def test_rates_that_were_lowered_since_stay_lowered(make_strategy: Any, class_benchmark: Any) -> None:
+    """The others are as before the experience, not as its schedule left them, and the prompt's is slow once."""
+    rates: list[dict[str, float]] = []
+
+    class First(SupervisedPlugin):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if not strategy.clock.train_exp_epochs:
+                rates.append({g["name"]: g["lr"] for g in strategy.optimizer.param_groups})
+
+    first, second, third = class_benchmark.train_stream
+    strategy = make_strategy("fm_lora", plugins=[_Do(3, _stop), First()])
+    strategy.train(first)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    groups = {g["name"]: g for g in strategy.optimizer.param_groups}
+    groups["core"]["lr"] = 1e-5
+    strategy.train(second)
+    strategy.train(third)
+    config = strategy.config
+    slow = pytest.approx(config.lr_prompt * config.meta_prompt.rate_share)
+    assert [r["core"] for r in rates] == [config.lr_core, config.lr_core, 1e-5, 1e-5]
+    assert [r["head"] for r in rates] == [config.lr_head] * 4
+    assert [r["prompt"] for r in rates] == [config.lr_prompt, slow, slow, slow]
+
+
+def test_what_is_loaded_after_a_broken_first_experience_trains_at_its_own_rates(
+    make_strategy: Any, train: Any, class_benchmark: Any, tmp_path: Any
+) -> None:
+    saved = train(make_strategy("fm_lora"), class_benchmark, n=1)
+    path = saved.save(tmp_path / "first.safetensors")
+    strategy = make_strategy("fm_lora", lr_schedule="cosine", plugins=[_StopFirst()])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(class_benchmark.train_stream[0])
+    strategy.load(path)
+    share = strategy.config.meta_prompt.rate_share
+    for experience in class_benchmark.train_stream[1:]:
+        strategy.train(experience)
+        rates = {g["name"]: g["lr"] for g in strategy.optimizer.param_groups}
+        assert rates["prompt"] == pytest.approx(strategy.config.lr_prompt * share)
+
+
+@pytest.mark.parametrize("name", ["fm_lora", "linear_probe"])
+def test_no_evaluation_changes_how_wide_the_head_is_that_trains(
+    name: str, make_strategy: Any, class_benchmark: Any
+) -> None:
+    """Products round by the number of rows, so a run that was killed before an evaluation would end elsewhere."""
+    widths = []
+
+    class Width(SupervisedPlugin):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            widths.append(len(strategy.model.head.rows))
+
+    strategy = make_strategy(name, train_epochs=1, plugins=[Width()])
+    for experience in class_benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(class_benchmark.test_stream)
+        assert len(strategy.model.head.rows) == 6
+    assert widths == [2, 4, 6]

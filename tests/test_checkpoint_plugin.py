@@ -264,15 +264,15 @@ def test_half_of_a_metric_is_worse_than_a_new_one(
     assert "The metric Top1_AMCA_Stream" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["fm_lora", "l2p", "linear_probe"])
+@pytest.mark.parametrize(("name", "evaluation"), [(n, e) for n in ("fm_lora", "l2p", "sd_lora") for e in (1, 2)])
 def test_killed_in_an_evaluation_it_ends_with_the_same_model(
-    name: str, make_strategy: Any, class_benchmark: Any, images: Any, tmp_path: Path
+    name: str, evaluation: int, make_strategy: Any, class_benchmark: Any, images: Any, tmp_path: Path
 ) -> None:
     class InEval(SupervisedPlugin):
         checkpointed = False
 
         def before_eval(self, strategy: Any, **kwargs: Any) -> None:
-            if strategy.clock.train_exp_counter == 2:
+            if strategy.clock.train_exp_counter == evaluation:
                 raise KeyboardInterrupt
 
     def run(folder: Path, *plugins: Any) -> Any:

@@ -332,3 +332,12 @@ def test_one_mean_over_the_experiences_of_a_class(make_strategy: Any, train: Any
     options = {"recurring_rows": "trained", "whitening": 0.5, "lr_core": 0.05}
     trained = train(make_strategy("fm_lora", **options), domain_benchmark).model.head
     assert len(trained.folded) == len(trained.means) == 0, "rows that went on training are no means: never whitened"
+
+
+def test_the_end_of_whitening_where_rows_stay_as_trained_is_said_once(
+    make_strategy: Any, train: Any, domain_benchmark: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for recurring, times in (("trained", 1), ("mean", 0), ("per_experience", 0)):
+        caplog.clear()
+        train(make_strategy("fm_lora", recurring_rows=recurring), domain_benchmark)
+        assert caplog.text.count("no row is whitened any more") == times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from twins import adam, step, tokens
 
+from avalanche_fmlora.config import make_run
+from avalanche_fmlora.experiment import make_strategy as strategy_of
 from avalanche_fmlora.strategies.coda_prompt import CODAPromptPool, CODAPromptStrategy, orthonormal_rows
 
 DIM, SIZE, LENGTH, TASKS = 16, 6, 4, 3
@@ -263,3 +266,15 @@ def test_a_saved_strategy_goes_on_where_it_was(make_vit: Any, tmp_path: Any, pho
         strategy.model.begin([4, 5])
     assert torch.equal(first.model.pool.active_prompts, second.model.pool.active_prompts)
     assert torch.equal(first.model.pool.keys, second.model.pool.keys)
+
+
+@pytest.mark.parametrize(("n_experiences", "size"), [(3, 99), (6, 102), (10, 100), (300, 300)])
+def test_a_run_takes_the_pool_that_its_experiences_share_evenly(n_experiences: int, size: int, make_vit: Any) -> None:
+    def built(**options: Any) -> Any:
+        config = make_run({"method": "coda_prompt", "method_options": {"prompt_length": 2, **options}})
+        backbone = SimpleNamespace(model=make_vit(depth=5))
+        return strategy_of(config, backbone, "cpu", n_experiences).model.pool.prompts.shape[1]  # type: ignore[arg-type]
+
+    assert built() == size
+    with pytest.raises(ValueError, match="Expected `pool_size` to be a multiple of `n_tasks`"):
+        built(pool_size=100 * n_experiences + 1)

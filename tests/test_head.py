@@ -160,3 +160,24 @@ def test_means_of_classes_that_recur_and_of_new_ones_stand_side_by_side() -> Non
     head.grow([2])
     head.add_means(torch.tensor([1, 2]), torch.full((2, 2), 3.0), torch.tensor([4.0, 4.0]), separate=True)
     assert head.means.tolist() == [[[1, 0], [0, 1], [3, 3]], [[1, 0], [3, 3], [3, 3]]]
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_room_for_classes_to_come_can_be_given_up(cosine: bool) -> None:
+    """What is left are the classes that have been seen, and nothing that they predict changes."""
+    head, plain = (IncrementalHead(4, cosine=cosine) for _ in range(2))
+    for each in (head, plain):
+        _train(each, [2, 0])
+        each.close()
+        if cosine:
+            each.keep_means()
+            each.fold(F.normalize(each.rows, dim=-1)[None])
+    head.grow([9])
+    assert head(_features()).shape == (6, 10)
+    head.trim()
+    assert torch.equal(head(_features()), plain(_features()))
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in head.state_dict().items())
+    empty = IncrementalHead(4)
+    empty.grow([3])
+    empty.trim()
+    assert empty.n_classes == 0

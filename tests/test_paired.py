@@ -15,7 +15,7 @@ from avalanche_fmlora.cli import main
 from avalanche_fmlora.cli.common import show
 from avalanche_fmlora.results.grouping import JOINT, STATISTICS
 from avalanche_fmlora.results.paired import METRICS
-from avalanche_fmlora.results.record import write_record
+from avalanche_fmlora.results.record import file_name, write_record
 from avalanche_fmlora.results.remarks import remarks
 from avalanche_fmlora.results.table import (
     paired_frame,
@@ -75,6 +75,11 @@ def test_only_common_class_orders_are_compared_and_the_others_named() -> None:
     assert "--methods ncm --class-orders 0,3,4 --seeds 0 --retry-failed" in other
     drawn = [make(method="fm_lora", order=0), make(method="fm_lora", order=None), make(method="ncm", order=0)]
     assert "--methods ncm --class-orders null --seeds 0`" in remarks(drawn)[0], "as the command line takes it"
+    some = [make(method="fm_lora", order=o, seed=s) for o in (0, 1, 2) for s in (0, 1)]
+    some += [make(method="ncm", order=o, seed=s) for o, s in ((0, 1), (1, 0), (2, 1))]
+    (other,) = [r for r in remarks(some) if "lacks" in r]
+    assert "ncm lacks class order 0,2 (seed 0); class order 1 (seed 1), which" in other, "and not their cross product"
+    assert "--class-orders 0,2 --seeds 0` and `fmlora compare --methods ncm --class-orders 1 --seeds 1`" in other
     broken = [make(method="ncm", order=0, error="boom")]
     assert not [r for r in remarks([*broken, make(method="fm_lora", order=0)]) if "lacks" in r], "it has no mean"
     assert "with --retry-failed runs them again" in remarks(broken)[-1]
@@ -248,3 +253,10 @@ def test_a_reference_without_a_finished_run_is_named() -> None:
     records = [make(method="fm_lora", error="boom"), make(0.5, method="ncm"), make(0.4, method="l2p")]
     with pytest.raises(ValueError, match=r"No run of 'fm_lora' is finished: .* compare with one of \['l2p', 'ncm'\]"):
         paired_rows(records, "fm_lora")
+
+
+def test_a_run_of_two_versions_counts_once_and_both_are_named() -> None:
+    old, new = make(0.5, method="ncm"), make(0.9, method="ncm", options={"transport_samples": 0})
+    (note,) = [r for r in remarks([old, new]) if "another version" in r]
+    assert all(file_name(record) in note for record in (old, new))
+    assert not [r for r in remarks([old, make(0.9, method="ncm", order=1)]) if "another version" in r]

@@ -224,10 +224,19 @@ def test_other_images_under_the_same_name_do_not_pass_for_a_finished_run(
     others = tmp_path / "others"
     shutil.copytree(photos, others)
     first = min((others / "train").rglob("*.png"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-30] + bytes(30))  # of the same name and size
+    put(others)
+    _refused(run, place, out)
+    first.write_bytes(whole)
     first.rename(first.with_name("renamed.png"))
     put(others)
+    _refused(run, place, out)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert sweep([run], out) == [record]
+
+
+def _refused(run: RunConfig, place: Path, out: Path) -> None:
     for again in (sweep, plan):
         with pytest.raises(ValueError, match=f"The images in {place} are others .* a name of its own"):
             again([run], out)
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
-    assert sweep([run], out) == [record]

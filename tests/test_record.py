@@ -20,6 +20,7 @@ from avalanche_fmlora.results import record as module
 from avalanche_fmlora.results.record import (
     Record,
     blank_record,
+    check_folder,
     environment,
     find_record,
     read_record,
@@ -272,6 +273,8 @@ def test_a_copied_record_does_not_count_twice(tmp_path: Path) -> None:
     (tmp_path / "copy.json").write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"copy\.json.*count twice"):
         read_records(tmp_path)
+    with pytest.raises(ValueError, match=r"copy\.json holds run .*rename it to fm"):
+        check_folder(tmp_path)
 
 
 def test_find_record_knows_finished_runs_only(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ _UNREAD = "heic heif hif jxl svg psd dng cr2 cr3 nef arw raf orf"
 UNREAD_SUFFIXES = frozenset(f".{suffix}" for suffix in _UNREAD.split())
 SPLITS = ("train", "test")
 
+_SAMPLE = 4096
 _SKIPPED_NAMES = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
@@ -106,6 +107,17 @@ class Source:
             return self._zip.read(entry.member)
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
             raise ValueError(f"the archive's data are broken ({error})") from error
+
+    def checksum(self, entry: Entry) -> int:
+        """Tells a file from others of its size: a zip's own of the content, else that of three samples of its bytes."""
+        if self._zip is not None:
+            return entry.stamp
+        total = 0
+        with (self.path / entry.member).open("rb") as file:
+            for start in (0, entry.size // 2, max(0, entry.size - _SAMPLE)):
+                file.seek(start)
+                total = zlib.crc32(file.read(_SAMPLE), total)
+        return total
 
     def __enter__(self) -> Source:
         return self

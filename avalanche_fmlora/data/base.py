@@ -123,6 +123,19 @@ def order_of(count: int, seed: int | None) -> tuple[int, ...]:
     return tuple(int(i) for i in np.random.default_rng(seed).permutation(count))
 
 
+def require_division(name: str, n_classes: int, n_experiences: int) -> None:
+    """Refuse a number of experiences that can't be of equal size.
+
+    Raises:
+        ValueError: that names those that can.
+    """
+    if n_experiences < 1 or n_classes % n_experiences:
+        raise ValueError(
+            f"Expected `n_experiences` to divide the {n_classes} classes of {name} but got {n_experiences}: "
+            f"choose one of {[d for d in range(1, n_classes + 1) if n_classes % d == 0]}."
+        )
+
+
 def class_incremental(
     name: str,
     train: ImageSet,
@@ -163,11 +176,7 @@ def class_incremental(
     from avalanche.benchmarks import nc_benchmark
 
     n_classes = len(class_names)
-    if n_experiences < 1 or n_classes % n_experiences:
-        raise ValueError(
-            f"Expected `n_experiences` to divide the {n_classes} classes of {name} but got {n_experiences}: "
-            f"choose one of {[d for d in range(1, n_classes + 1) if n_classes % d == 0]}."
-        )
+    require_division(name, n_classes, n_experiences)
     _require_all_classes(name, "train", train.labels, class_names)
     _require_all_classes(name, "test", test.labels, class_names)
     chosen = _transforms(train, mean, std, augment, transforms)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Domain, ImageSet, class_incremental, domain_incremental
+from .base import Domain, ImageSet, class_incremental, domain_incremental, require_division
 from .glyph_render import FACES, FAMILIES, GLYPH_MEAN, GLYPH_STD, IMAGE_SIZE, draw_looks, glyph_mask
 from .glyph_styles import STYLES, Style, broken_outline
 
@@ -77,6 +77,7 @@ def split_glyphs(
         ValueError: if a count is below 1, `image_size` below 8 or the classes can't be divided.
     """
     require_counts(image_size, train_per_class, test_per_class)
+    require_division("split_glyphs", len(SPLIT_CHARACTERS), n_experiences)
     counts = (train_per_class, test_per_class)
     train, test = (_images(SPLIT_CHARACTERS, None, s, counts[s], seed, image_size) for s in range(2))
     return class_incremental(

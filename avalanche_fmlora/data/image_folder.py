@@ -118,8 +118,8 @@ def image_folder(
 def folder_listing(path: str | os.PathLike[str]) -> str:
     """What a record of :func:`image_folder` says of its files: 64 hexadecimal digits, without reading any image.
 
-    It changes with the name, place, size and, in a zip, content of an image; not with where the folder is or when it
-    was written.
+    It changes with the name, place, size and content of an image (in a folder, of samples of the file's bytes); not
+    with where the folder is or when it was written.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`image_folder`.
@@ -129,10 +129,7 @@ def folder_listing(path: str | os.PathLike[str]) -> str:
 
 
 def _listing(source: Source, files: list[Placed]) -> str:
-    rows = [
-        (f.domain, f.split, f.label, f.entry.parts[-1], f.entry.size, f.entry.stamp if source.is_zip else None)
-        for f in files
-    ]
+    rows = [(f.domain, f.split, f.label, f.entry.parts[-1], f.entry.size, source.checksum(f.entry)) for f in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

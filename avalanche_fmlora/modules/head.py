@@ -70,6 +70,7 @@ class IncrementalHead(nn.Module):
         self.frozen = False
         self._generator = torch.Generator().manual_seed(seed)
         self._undo: tuple[Tensor, Tensor, Tensor] | None = None
+        self._keeps_anew = False  # whether the open experience is the first for which means are kept
 
     @property
     def n_classes(self) -> int:
@@ -94,6 +95,17 @@ class IncrementalHead(nn.Module):
                 setattr(self, name, F.pad(getattr(self, name), (0, extra)))
             for name in ("rows", "folded", "means"):
                 setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, extra)))
+
+    def trim(self) -> None:
+        """Give up the room made for class indices above the largest one seen, so that nothing depends on it."""
+        seen = self.seen.nonzero()
+        width = int(seen.max()) + 1 if len(seen) else 0
+        if width == self.n_classes:
+            return
+        for name in ("bias", "seen", "counts", "occurrences", "rows"):
+            setattr(self, name, getattr(self, name)[:width].clone())
+        for name in ("folded", "before", "means"):
+            setattr(self, name, getattr(self, name)[:, :width].clone())
 
     @torch.no_grad()
     def begin(self, classes: Iterable[int]) -> None:
@@ -131,6 +143,8 @@ class IncrementalHead(nn.Module):
             fresh, self.rows[self.active], drawn_from = self._undo
             self.seen[fresh] = False
             self._generator.set_state(drawn_from)
+        if self._keeps_anew:
+            self.means, self._keeps_anew = self.means[:0], False
         self._let_go()
 
     def _let_go(self) -> None:
@@ -171,7 +185,7 @@ class IncrementalHead(nn.Module):
     def keep_means(self) -> None:
         """Keep the class means, which `rows` are now, apart from rows: classes recur, and theirs will train on."""
         if not len(self.means):
-            self.means = self.rows.clone()[None]
+            self.means, self._keeps_anew = self.rows.clone()[None], True
 
     @torch.no_grad()
     def add_means(self, classes: Tensor, means: Tensor, counts: Tensor, *, separate: bool) -> None:
@@ -183,6 +197,7 @@ class IncrementalHead(nn.Module):
             counts: samples behind them, shape [A]; those of experiences before are `self.counts`.
             separate: keep those of each experience by themselves.
         """
+        self._keeps_anew = False
         slots = self.occurrences[classes] if separate else torch.zeros_like(classes)
         missing = int(slots.max()) + 1 - len(self.means)
         if missing > 0:

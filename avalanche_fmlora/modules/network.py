@@ -20,6 +20,8 @@ from avalanche_fmlora.modules.vit import Pooling, TimmViT, forward_features, fre
 _LOG = logging.getLogger(__name__)
 _PACKAGE = f"{__name__.partition('.')[0]}."
 _KNOWN = (_PACKAGE[:-1], "torch", "timm")
+GENERATOR = "generator/"
+"""Begins the names of the random generators' states in a file."""
 _OWN_PARTS = ("vit", "head", "lora", "prompt", "selector")
 _GROWS = " If {} grows from experience to experience, let its `make_room(state)` add what the saved one had."
 _NETWORKS_OF: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[ContinualNetwork]] = weakref.WeakKeyDictionary()
@@ -230,6 +232,21 @@ class ContinualNetwork(nn.Module):
         if self.lora is not None:
             self.lora.unmerge()
         self.load_state_dict(state, strict=False)
+
+    def generator_states(self) -> dict[str, Tensor]:
+        """Where the random generators of its parts are, so that what comes next is not drawn as the first was."""
+        return {f"{GENERATOR}{name}": generator.get_state() for name, generator in self._generators().items()}
+
+    def load_generator_states(self, states: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`generator_states` gave; call :meth:`load_adapter_state` before."""
+        for name, generator in self._generators().items():
+            if (state := states.get(f"{GENERATOR}{name}")) is not None:
+                generator.set_state(state)
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        parts = [(name, m) for name, m in self.named_modules() if name.partition(".")[0] not in ("vit", "selector")]
+        held = [(f"{name}.{k}", v) for name, m in parts for k, v in vars(m).items() if isinstance(v, torch.Generator)]
+        return dict(held)
 
     def backbone_weights(self) -> dict[str, Tensor]:
         """The backbone's own tensors under timm's names."""

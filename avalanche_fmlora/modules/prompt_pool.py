@@ -70,7 +70,7 @@ def check_blocks(vit: TimmViT, blocks: Sequence[int], option: str) -> tuple[int,
     if other:
         raise ValueError(
             f"Expected blocks with timm's `Attention`, `AttentionRope` or `EvaAttention`, as wide as the model, for "
-            f"`{option}` but blocks {other} have none."
+            f"`{option}` but blocks {other} have none: use a ViT of timm's plain blocks, or a method without prefixes."
         )
     return tuple(blocks)
 

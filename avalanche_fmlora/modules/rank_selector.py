@@ -20,6 +20,16 @@ def default_candidates(rank: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, rank // d) for d in (8, 4, 2, 1)}))
 
 
+def check_candidates(candidates: tuple[int, ...], rank: int) -> None:
+    """Refuse candidates that are not increasing ranks in 1..R.
+
+    Raises:
+        ValueError: that names them.
+    """
+    if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < 1 or candidates[-1] > rank:
+        raise ValueError(f"Expected `candidates` to be increasing ranks between 1 and {rank} but got {candidates}.")
+
+
 class RankSelector(nn.Module):
     """Logits ``ℓ = prior(H, similarity) + δ`` over candidate ranks, with straight-through Gumbel-Softmax samples.
 
@@ -42,8 +52,7 @@ class RankSelector(nn.Module):
     ) -> None:
         super().__init__()
         chosen = default_candidates(rank) if candidates is None else tuple(candidates)
-        if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > rank:
-            raise ValueError(f"Expected `candidates` to be increasing ranks between 1 and {rank} but got {chosen}.")
+        check_candidates(chosen, rank)
         self.rank = rank
         self.sigma = sigma
         self.register_buffer("candidates", torch.tensor(chosen))

@@ -290,6 +290,7 @@ def _find_linear(vit: TimmViT, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise ValueError(
             f"Expected the model to have a linear map at {name} but found {type(module).__name__}: "
-            "leave that target out, or use a ViT of plain timm blocks."
+            "leave that target out (of q, k and v, all three), or use a ViT of plain timm blocks, or a method that "
+            "adapts no maps."
         )
     return module

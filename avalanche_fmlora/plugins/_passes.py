@@ -55,7 +55,7 @@ def training_features(strategy: Any, limit: int | None = None) -> tuple[Tensor, 
     if broken:
         raise ValueError(
             f"Expected finite features but those of {broken} of {len(features)} training images are not: if it is all "
-            "of them, training diverged (lower the learning rates, or set `clip_grad_norm`) or numbers overflow (use "
-            "precision='bf16' or 'fp32'); else look for NaN or infinity in these images."
+            "of them, training diverged (build the strategy anew with lower rates, or `clip_grad_norm`) or numbers "
+            "overflow (use precision='bf16' or 'fp32'); else look for NaN or infinity in these images."
         )
     return features, labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from avalanche_fmlora.modules import adversarial, class_rows
 from avalanche_fmlora.plugins._passes import chosen_images, training_features
+
+_LOG = logging.getLogger(__name__)
 
 
 class ClassMeanPlugin(SupervisedPlugin):
@@ -34,9 +37,9 @@ class ClassMeanPlugin(SupervisedPlugin):
             as far as its class means and their whitened rows tell
             (:func:`~avalanche_fmlora.modules.class_rows.secant_covariance`). `running`: the mean over all experiences,
             which the head keeps.
-        recurring: what predicts a class that recurs: its row as trained (which is never whitened, being no mean), the
-            mean over all its samples (those of the past standing in by their mean, at unit length where rows train), or
-            one mean for each of its experiences, the nearest of which counts.
+        recurring: what predicts a class that recurs: its row as trained (which is no mean, so that no row is whitened
+            from the first class on that recurs), the mean over all its samples (those of the past standing in by their
+            mean, at unit length where rows train), or one mean for each of its experiences (the nearest counts).
 
     Attributes:
         gains: share of the drift explained on held-out images, for each experience with something of the past to move.
@@ -64,6 +67,7 @@ class ClassMeanPlugin(SupervisedPlugin):
         self.gains: list[float] = []
         self._before: Tensor | None = None
         self._moved: list[Tensor] = []
+        self._told = False
 
     def on_begin(self, strategy: Any, **kwargs: Any) -> None:
         """One pass, where rows of the past are to follow: features by the model that wrote them."""
@@ -145,6 +149,12 @@ class ClassMeanPlugin(SupervisedPlugin):
         """Rows for prediction, where they are other than the head's own."""
         means = head.means if len(head.means) else head.rows[None]
         trained = self.train_rows and self.recurring == "trained" and bool((head.occurrences > 1).any())
+        if trained and self.whitening is not None and not self._told:
+            self._told = True
+            _LOG.warning(
+                "A class has come again: its row stays as trained, and no row is whitened any more. For whitened rows "
+                "of classes that recur give recurring_rows='per_experience' or 'mean'."
+            )
         if self.whitening is not None and not trained:
             covariance = self._covariance(head, features, labels, pairs, self.whitening)
             rows = class_rows.whitened_rows(means.flatten(0, 1), covariance, self.whitening)

@@ -51,9 +51,14 @@ class SchedulePlugin(SupervisedPlugin):
         self._iterations = 0
         self._iteration = 0
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Start anew, also after an experience that was broken off."""
-        self.after_training_exp(strategy)
+    def on_begin(self, strategy: Any, **kwargs: Any) -> None:
+        """Start anew. After an experience that was broken off, rates are as before it but those set since then."""
+        groups = strategy.optimizer.param_groups
+        if self._rates is not None and len(groups) == len(self._rates):
+            for group, rate, left in zip(groups, self._rates, self._set, strict=True):
+                if group["lr"] == left:
+                    group["lr"] = rate
+        self._rates = None
         self._iteration = 0
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
@@ -62,8 +67,8 @@ class SchedulePlugin(SupervisedPlugin):
             return
         groups = strategy.optimizer.param_groups
         if self._rates is None:
-            self._rates = [group["lr"] for group in groups]
             self._iterations = strategy.train_epochs * len(strategy.dataloader)
+            self._rates = [group["lr"] for group in groups]
         elif not self._warned and self._set != [group["lr"] for group in groups]:
             self._warned = True
             _LOG.warning(

@@ -103,7 +103,7 @@ class RankSelectionPlugin(SupervisedPlugin):
             features, labels = training_features(strategy, self.max_samples)
         complexity = float(functional.complexity(features, labels))
         similarity = self._similarity(strategy, features, labels) if int(lora.experiences) else 0.0
-        if lora.first_complexity < 0:
+        if not int(lora.experiences) or lora.first_complexity < 0:  # the first may have been broken off before
             lora.first_complexity.fill_(complexity)
         relative = functional.relative_complexity(complexity, float(lora.first_complexity))
         target = strategy.model.selector.begin(relative, similarity)

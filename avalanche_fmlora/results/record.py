@@ -226,12 +226,20 @@ def is_old(path: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder for records and write into it once, before hours are spent on what goes there.
+    """Make a folder for records, write into it once and read what lies there, before hours are spent on what follows.
 
     Raises:
         OSError: if that can't be done.
+        ValueError: if a file in it is no record, or is not named as records are, so that none would find it.
     """
     write_atomically(folder / ".writable", "").unlink(missing_ok=True)
+    for path in sorted(folder.glob("[!.]*.json")):
+        record = read_record(path)
+        if not path.stem.endswith(f"-{record['id']}"):
+            raise ValueError(
+                f"{path} holds run {record['id']}, which is looked for by that name: rename it to {file_name(record)}, "
+                "or delete it if it is a copy."
+            )
 
 
 def _refuse_constant(name: str) -> None:

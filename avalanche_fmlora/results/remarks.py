@@ -26,6 +26,7 @@ def remarks(records: Iterable[Record]) -> list[str]:
     for runs in protocols.values():
         notes += _differing(runs)
     notes += repeated_orders(records)
+    notes += _twice(records)
     wanted = {key: {run.pair for run in runs if run.finished} for key, runs in protocols.items()}
     for group in groups_of(records):
         notes += _missing(group, wanted[group[0].benchmark, group[0].protocol_id])
@@ -46,10 +47,26 @@ def repeated_orders(records: Iterable[Record]) -> list[str]:
         if run.repeats
     }
     return [
-        f"{benchmark}: class order {number} is class order {first} again, so runs of both count once. Few domains have "
-        "few orders: give `--class-orders` another number in its place."
+        f"{benchmark}: class order {number} is {'the given one' if first is None else f'class order {first}'} again, so "
+        "runs of both count once. Few domains have few orders: give `--class-orders` another number in its place."
         for benchmark, number, first in twins
     ]
+
+
+def _twice(records: Iterable[Record]) -> list[str]:
+    """Finished runs of one order and seed whose records differ in nothing but what earlier versions did not name."""
+    counted: dict[tuple[object, ...], Run] = {}
+    notes = []
+    for run in runs_of(records):
+        if not run.finished or run.repeats:
+            continue
+        first = counted.setdefault((run.key, run.pair), run)
+        if first is not run:
+            notes.append(
+                f"{run.benchmark}: {file_name(run.record)} is the run of {file_name(first.record)}, made by another "
+                "version, and is in no mean beside it: delete the one that is not to count."
+            )
+    return notes
 
 
 def _mixed(protocols: dict[tuple[str, str], list[Run]]) -> list[str]:
@@ -87,20 +104,28 @@ def _missing(group: Sequence[Run], wanted: Set[Pair]) -> list[str]:
     missing = sorted(wanted - own, key=pair_key)
     if not own or not missing:  # with no run that finished there is no mean
         return []
-    orders, seeds = (",".join(map(_flag, dict.fromkeys(values))) for values in zip(*missing, strict=True))
-    command = f"fmlora compare --methods {first.record['config']['method']} --class-orders {orders} --seeds {seeds}"
-    if any(run.pair in missing for run in group):
-        command += " --retry-failed"
+    seeds_of: dict[int | None, list[int | None]] = {}
+    for order, seed in missing:
+        seeds_of.setdefault(order, []).append(seed)
+    orders_of: dict[str, list[int | None]] = {}  # orders that lack the same seeds: one command for them
+    for order, seeds in seeds_of.items():
+        orders_of.setdefault(_flags(seeds), []).append(order)
+    method = first.record["config"]["method"]
+    retry = " --retry-failed" if any(run.pair in missing for run in group) else ""
+    lacks = "; ".join(f"class order {_flags(orders)} (seed {seeds})" for seeds, orders in orders_of.items())
+    commands = " and ".join(
+        f"`fmlora compare --methods {method} --class-orders {_flags(orders)} --seeds {seeds}{retry}`"
+        for seeds, orders in orders_of.items()
+    )
     return [
-        f"{first.benchmark}: {first.name} lacks class order {orders} (seed {seeds}), which other methods have, so its "
-        "mean is over other runs than theirs; paired differences use the common ones. "
-        f"Run `{command}` with the same configuration and --out."
+        f"{first.benchmark}: {first.name} lacks {lacks}, which other methods have, so its mean is over other runs than "
+        f"theirs; paired differences use the common ones. Run {commands} with the same configuration and --out."
     ]
 
 
-def _flag(value: int | None) -> str:
-    """As the command line takes it."""
-    return "null" if value is None else str(value)
+def _flags(values: Iterable[int | None]) -> str:
+    """As the command line takes them."""
+    return ",".join("null" if value is None else str(value) for value in values)
 
 
 def _files(runs: Sequence[Run]) -> str:

@@ -57,9 +57,10 @@ class MethodConfig(StrictModel):
     whitened rows remember it, which keeps nothing but these rows; or the mean over all experiences so far, for which
     D x D numbers are kept (a stored statistic, which the record declares)."""
     recurring_rows: RecurringRows = "trained"
-    """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained; the mean
-    over all its samples, those of the past standing in by their mean (at unit length where rows train); or one mean for
-    each experience, the nearest of which counts (rows grow with experiences)."""
+    """What predicts a class that occurs in more than one experience, with `class_mean`: its row as trained (with
+    which `whitening` ends for all rows); the mean over all its samples, those of the past standing in by their mean (at
+    unit length where rows train); or one mean for each experience, the nearest of which counts (rows grow with
+    experiences)."""
     loss_classes: Literal["current", "seen"] = "current"
     """Classes in the training loss: the experience's own (and those of replayed samples), or all seen so far."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from avalanche.core import BasePlugin
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from avalanche_fmlora.modules.factorized_lora import FactorizedLoRA
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompts import MetaPrompt
-from avalanche_fmlora.modules.rank_selector import RankSelector
+from avalanche_fmlora.modules.rank_selector import RankSelector, check_candidates
 from avalanche_fmlora.modules.vit import Pooling, Target, TimmViT, adapt_linears
 from avalanche_fmlora.plugins.factorized_lora import CoreRegularizationPlugin
 from avalanche_fmlora.plugins.lifecycle import ExperiencePlugin
@@ -126,6 +126,12 @@ class FMLoRAConfig(MethodConfig):
     """Learning rate of the rank selector's δ."""
     lr_prompt: float = Field(1e-3, ge=0)
     """Learning rate of the meta-prompt in the first experience."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> FMLoRAConfig:
+        if self.rank_selection is not None and self.rank_selection.candidates is not None:
+            check_candidates(self.rank_selection.candidates, self.rank)
+        return self
 
 
 FM_LORA_CLASSIFIER: dict[str, Any] = {

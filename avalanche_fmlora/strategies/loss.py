@@ -64,10 +64,7 @@ class Loss(SupervisedTemplate):
         self.mb_features = self._mb_extra = None
 
     def _over(self, allowed: Tensor) -> Tensor:
-        """The criterion over the classes `allowed`, bool [C]; torch's cross-entropy is given no others.
-
-        So it comes out the same to the bit however far an evaluation has made the head grow.
-        """
+        """The criterion over the classes `allowed`, bool [C]; torch's cross-entropy is given no others."""
         if not _is_torchs(self._criterion):
             return self._criterion(functional.masked_logits(self.mb_output, allowed), self.mb_y)
         columns, ce = allowed.nonzero().squeeze(1), self._criterion

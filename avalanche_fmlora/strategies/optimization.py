@@ -23,7 +23,7 @@ class Optimization(SupervisedTemplate):
     config: Any
     _passes_optimizer: bool
     _scaler: torch.amp.GradScaler
-    _unscaled: list[tuple[dict[str, Any], float]]
+    _unscaled: list[tuple[dict[str, Any], float, float]]
     _step_factors: list[tuple[dict[str, Any], float]]
     _given_tensors: list[nn.Parameter]
 
@@ -49,8 +49,8 @@ class Optimization(SupervisedTemplate):
             if self.has_scheduler():
                 self._step_factors.append((g, factor))
                 continue
-            self._unscaled.append((g, g["lr"]))
-            g["lr"] = g["lr"] * factor
+            rate, g["lr"] = g["lr"], g["lr"] * factor
+            self._unscaled.append((g, rate, g["lr"]))
 
     def has_scheduler(self) -> bool:
         """Whether the user schedules the rates: by a plugin, or by an optimizer of their own."""
@@ -58,8 +58,9 @@ class Optimization(SupervisedTemplate):
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Same optimizer, same groups, fresh state, only trainable tensors."""
-        for group, rate in reversed(self._unscaled):
-            group["lr"] = rate
+        for group, rate, scaled in reversed(self._unscaled):
+            if group["lr"] == scaled:  # else it was set anew since
+                group["lr"] = rate
         self._unscaled.clear()
         self._step_factors.clear()
         groups = self.model.parameter_groups()
@@ -109,7 +110,7 @@ class Optimization(SupervisedTemplate):
         if broken:
             raise ValueError(
                 f"Expected finite parameters after training but those of {', '.join(broken)} are not: training "
-                "diverged. Lower their learning rates or set `clip_grad_norm`; if that does not help, look "
-                "for NaN or infinity in the images."
+                "diverged. Build the strategy anew, or load what was saved before, with lower learning rates for them "
+                "or with `clip_grad_norm`; if that does not help, look for NaN or infinity in the images."
             )
         super()._after_training_exp(**kwargs)

@@ -101,7 +101,7 @@ def optimizer_state(
     optimizer: Optimizer,
     model: nn.Module,
     given: Iterable[Any] = (),
-    unscaled: Iterable[tuple[dict[str, Any], float]] = (),
+    unscaled: Iterable[tuple[dict[str, Any], float, float]] = (),
 ) -> dict[str, Any]:
     """What an optimizer is between two experiences: options of its groups, and tensors that are not the model's.
 
@@ -111,12 +111,13 @@ def optimizer_state(
         optimizer: as it is after an experience.
         model: the strategy's.
         given: what :func:`refresh_optimizer` returned.
-        unscaled: groups whose rate is another for the time being, with the one that they get back.
+        unscaled: groups whose rate is another for the time being, with the one that they get back and that other.
     """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     place = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    for group, rate in reversed(list(unscaled)):
-        groups[place[id(group)]]["lr"] = rate
+    for group, rate, scaled in reversed(list(unscaled)):
+        kept = groups[place[id(group)]]
+        kept["lr"] = rate if kept["lr"] == scaled else kept["lr"]
     return {"groups": groups, "tensors": [[p.detach() for p in own] for own in _users_own(optimizer, model, given)]}
 
 

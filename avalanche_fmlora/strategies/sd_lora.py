@@ -168,6 +168,7 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
         self.magnitudes = magnitudes
         self.start = start
         self._generator = torch.Generator().manual_seed(seed)
+        self._drawn_from = self._generator.get_state()
 
     def begin(self) -> None:
         """Open an experience: a new update, and all magnitudes back at their start."""
@@ -175,6 +176,7 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
             return
         self.active = True
         self.magnitudes.begin(self.start)
+        self._drawn_from = self._generator.get_state()
         for layer in self.layers:
             layer.begin(self._generator)
 
@@ -192,6 +194,7 @@ class SDLoRA(AdaptedMaps[SDLoRALinear]):
         """See :meth:`AdaptedMaps.discard`; the latest update counts with its own norms again."""
         if self.active:
             self.magnitudes.discard()
+            self._generator.set_state(self._drawn_from)
         super().discard()
         for layer in self.layers:
             layer.rescale()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from avalanche_fmlora.modules.merging import merged_vit
-from avalanche_fmlora.modules.network import ContinualNetwork
+from avalanche_fmlora.modules.network import GENERATOR, ContinualNetwork
 from avalanche_fmlora.modules.vit import TimmViT
 from avalanche_fmlora.strategies.config import structural_options
 from avalanche_fmlora.strategies.weights import load_adapter, save_adapter
@@ -45,7 +45,8 @@ class Trained:
                 "returned, or in a plugin's `after_training_exp`."
             )
         config, numbers = self.config.model_dump(mode="json"), self.model.adapter_numbers()
-        state, weights = self.model.adapter_state(), self.model.backbone_weights()
+        weights = self.model.backbone_weights()
+        state = {**self.model.adapter_state(), **self.model.generator_states()}
         return save_adapter(Path(path), state, self.method, config, numbers, weights)
 
     def load(self, path: str | Path) -> None:
@@ -58,5 +59,7 @@ class Trained:
         structural = structural_options(type(self.config))
         config, weights = self.config.model_dump(mode="json"), self.model.backbone_weights()
         state, numbers = load_adapter(Path(path), self.method, config, structural, weights)
+        generators = {name: state.pop(name) for name in list(state) if name.startswith(GENERATOR)}
         self.model.load_adapter_state(state)
+        self.model.load_generator_states(generators)
         self.model.load_adapter_numbers(numbers)
