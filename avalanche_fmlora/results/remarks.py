@@ -47,7 +47,7 @@ def repeated_orders(records: Iterable[Record]) -> list[str]:
         if run.repeats
     }
     return [
-        f"{benchmark}: class order {number} is {'the given one' if first is None else f'class order {first}'} again, so "
+        f"{benchmark}: class order {number} is {'that given' if first is None else f'class order {first}'} again, so "
         "runs of both count once. Few domains have few orders: give `--class-orders` another number in its place."
         for benchmark, number, first in twins
     ]
