@@ -274,22 +274,3 @@ def test_what_is_loaded_after_a_broken_first_experience_trains_at_its_own_rates(
         strategy.train(experience)
         rates = {g["name"]: g["lr"] for g in strategy.optimizer.param_groups}
         assert rates["prompt"] == pytest.approx(strategy.config.lr_prompt * share)
-
-
-@pytest.mark.parametrize("name", ["fm_lora", "linear_probe"])
-def test_no_evaluation_changes_how_wide_the_head_is_that_trains(
-    name: str, make_strategy: Any, class_benchmark: Any
-) -> None:
-    """Products round by the number of rows, so a run that was killed before an evaluation would end elsewhere."""
-    widths = []
-
-    class Width(SupervisedPlugin):
-        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-            widths.append(len(strategy.model.head.rows))
-
-    strategy = make_strategy(name, train_epochs=1, plugins=[Width()])
-    for experience in class_benchmark.train_stream:
-        strategy.train(experience)
-        strategy.eval(class_benchmark.test_stream)
-        assert len(strategy.model.head.rows) == 6
-    assert widths == [2, 4, 6]

@@ -70,6 +70,7 @@ class IncrementalHead(nn.Module):
         self.frozen = False
         self._generator = torch.Generator().manual_seed(seed)
         self._undo: tuple[Tensor, Tensor, Tensor] | None = None
+        self._reach = 0  # largest class index seen, plus one: asked in every step, so no word to the device
         self._keeps_anew = False  # whether the open experience is the first for which means are kept
 
     @property
@@ -96,17 +97,6 @@ class IncrementalHead(nn.Module):
             for name in ("rows", "folded", "means"):
                 setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, extra)))
 
-    def trim(self) -> None:
-        """Give up the room made for class indices above the largest one seen, so that nothing depends on it."""
-        seen = self.seen.nonzero()
-        width = int(seen.max()) + 1 if len(seen) else 0
-        if width == self.n_classes:
-            return
-        for name in ("bias", "seen", "counts", "occurrences", "rows"):
-            setattr(self, name, getattr(self, name)[:width].clone())
-        for name in ("folded", "before", "means"):
-            setattr(self, name, getattr(self, name)[:, :width].clone())
-
     @torch.no_grad()
     def begin(self, classes: Iterable[int]) -> None:
         """Open an experience: its classes' rows become parameters; new rows start random (cosine) or at zero."""
@@ -123,6 +113,7 @@ class IncrementalHead(nn.Module):
             noise = torch.randn(len(fresh), self.dim, generator=self._generator).to(self.rows)
             self.rows[fresh] = F.normalize(noise, dim=-1)
         self.seen[self.active] = True
+        self._reach = max([self._reach, *(c + 1 for c in ordered)])
         if not self.frozen:
             self.active_rows = nn.Parameter(self.rows[self.active])
             self.active_bias = None if self.cosine else nn.Parameter(self.bias[self.active])
@@ -142,6 +133,7 @@ class IncrementalHead(nn.Module):
         if self._undo is not None and len(self.active):
             fresh, self.rows[self.active], drawn_from = self._undo
             self.seen[fresh] = False
+            self._reach = _reach(self.seen)
             self._generator.set_state(drawn_from)
         if self._keeps_anew:
             self.means, self._keeps_anew = self.means[:0], False
@@ -235,13 +227,17 @@ class IncrementalHead(nn.Module):
         return self.bias.index_copy(0, self.active, self.active_bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`."""
+        """Logits of features [B, D]: [B, C], classes never seen at :data:`UNSEEN_LOGIT`.
+
+        A product rounds by its number of rows, so those for which an evaluation has made room take no part in it.
+        """
         if self.cosine:
-            rows = self.prediction_rows()
+            rows = self.prediction_rows()[:, : self._reach]
             logits = self.scale * F.linear(F.normalize(features, dim=-1), rows.flatten(0, 1))
             logits = logits.unflatten(-1, rows.shape[:2]).amax(-2) if len(rows) > 1 else logits
         else:
-            logits = F.linear(features, self.weights(), self.biases())
+            logits = F.linear(features, self.weights()[: self._reach], self.biases()[: self._reach])
+        logits = F.pad(logits, (0, self.n_classes - self._reach))
         return logits.masked_fill(~self.seen, UNSEEN_LOGIT)
 
     def stored_parameters(self) -> int:
@@ -266,3 +262,9 @@ class IncrementalHead(nn.Module):
             elif own is None or own.shape != saved.shape:
                 setattr(self, name, nn.Parameter(torch.empty_like(saved, device=self.rows.device)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._reach = _reach(self.seen)
+
+
+def _reach(seen: Tensor) -> int:
+    """The largest index that is true, plus one."""
+    return int(seen.nonzero().max()) + 1 if bool(seen.any()) else 0

@@ -254,7 +254,6 @@ class ContinualStrategy(Trained, TrainingSet, Loss, Optimization, DataLoading):
         if len(self.model.head.active) and not (self._begun is not None and self._begun.is_same(self.experience)):
             _LOG.warning("The experience before this one was broken off: what it has trained is dropped.")
         self.model.discard()  # nothing is open unless one was broken off, this one or another
-        self.model.head.trim()  # products with rows round by their number: no evaluation is to change how one trains
         self._begun = None
         self._take_training_set()
         trigger_plugins(self, "on_begin", **kwargs)
