@@ -130,19 +130,12 @@ def run(
 
 
 def make_strategy(config: RunConfig, backbone: Backbone, device: str, n_experiences: int) -> ContinualStrategy:
-    """The strategy; methods that plan for a number of experiences (`n_tasks`) get it from the data unless set.
-
-    So does a pool that is shared out evenly: the size nearest to the default that can be.
-    """
+    """The strategy; methods that plan for a number of experiences get it from the data unless it is set."""
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.training.plugins import EvaluationPlugin
 
-    cls, options = method_class(config.method), config.resolved_method()
-    if getattr(options, "n_tasks", None) is not None and "n_tasks" not in config.method_options:
-        options = options.model_copy(update={"n_tasks": n_experiences})
-        if (size := getattr(options, "pool_size", None)) is not None and "pool_size" not in config.method_options:
-            even = max(1, round(size / n_experiences)) * n_experiences
-            options = options.model_copy(update={"pool_size": even})
+    cls = method_class(config.method)
+    options = config.resolved_method().planned_for(n_experiences)
     return cls(
         model=backbone.model,
         config=options,

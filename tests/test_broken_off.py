@@ -235,7 +235,11 @@ def test_means_are_not_kept_for_classes_that_recurred_in_vain(make_strategy: Any
     assert len(strategy.model.head.means) == 2, "those of finished experiences stay"
 
 
-def test_rates_that_were_lowered_since_stay_lowered(make_strategy: Any, class_benchmark: Any) -> None:
+@pytest.mark.parametrize("lowered", ["core", "prompt"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_rates_that_were_lowered_since_stay_lowered(
+    schedule: str, lowered: str, make_strategy: Any, class_benchmark: Any
+) -> None:
     """The others are as before the experience, not as its schedule left them, and the prompt's is slow once."""
     rates: list[dict[str, float]] = []
 
@@ -245,19 +249,22 @@ def test_rates_that_were_lowered_since_stay_lowered(make_strategy: Any, class_be
                 rates.append({g["name"]: g["lr"] for g in strategy.optimizer.param_groups})
 
     first, second, third = class_benchmark.train_stream
-    strategy = make_strategy("fm_lora", plugins=[_Do(3, _stop), First()])
+    strategy = make_strategy("fm_lora", lr_schedule=schedule, plugins=[_Do(3, _stop), First()])
     strategy.train(first)
     with pytest.raises(KeyboardInterrupt):
         strategy.train(second)
     groups = {g["name"]: g for g in strategy.optimizer.param_groups}
-    groups["core"]["lr"] = 1e-5
+    groups[lowered]["lr"] = 1e-5
     strategy.train(second)
     strategy.train(third)
     config = strategy.config
-    slow = pytest.approx(config.lr_prompt * config.meta_prompt.rate_share)
-    assert [r["core"] for r in rates] == [config.lr_core, config.lr_core, 1e-5, 1e-5]
+    share = config.meta_prompt.rate_share
+    core, prompt = (1e-5 if lowered == name else getattr(config, f"lr_{name}") for name in ("core", "prompt"))
+    assert [r["core"] for r in rates] == [config.lr_core, config.lr_core, core, core]
     assert [r["head"] for r in rates] == [config.lr_head] * 4
-    assert [r["prompt"] for r in rates] == [config.lr_prompt, slow, slow, slow]
+    assert [r["prompt"] for r in rates] == pytest.approx(
+        [config.lr_prompt, *(share * p for p in (config.lr_prompt, prompt, prompt))]
+    )
 
 
 def test_what_is_loaded_after_a_broken_first_experience_trains_at_its_own_rates(

@@ -225,3 +225,11 @@ def test_frozen_class_means_leave_room_on_split_glyphs() -> None:
         (features(vit, train.images), train.labels), (features(vit, test.images), test.labels)
     )
     assert 0.35 <= accuracy <= 0.75
+
+
+def test_experiences_of_unequal_size_are_refused_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avalanche_fmlora.data.glyphs._images", None)
+    with pytest.raises(
+        ValueError, match=r"`n_experiences` to divide the 100 classes .* but got 3: choose one of \[1, 2, 4"
+    ):
+        split_glyphs(n_experiences=3)

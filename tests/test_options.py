@@ -328,3 +328,8 @@ def test_signature_and_help_name_every_option(name: str) -> None:
     assert all(field.description for _, field in _fields(cls.config_class))
     assert cls.__doc__
     assert cls.summary
+
+
+def test_ranks_to_choose_from_are_checked_before_a_model_is_there() -> None:
+    with pytest.raises(ValueError, match=r"`candidates` to be increasing ranks between 1 and 32 but got \(64,\)"):
+        FMLoRAConfig.model_validate({"rank_selection": {"candidates": [64]}})

@@ -13,6 +13,7 @@ from made_records import make
 
 from avalanche_fmlora.cli import main
 from avalanche_fmlora.cli.common import show
+from avalanche_fmlora.comparison import one_line
 from avalanche_fmlora.results.grouping import JOINT, STATISTICS
 from avalanche_fmlora.results.paired import METRICS
 from avalanche_fmlora.results.record import file_name, write_record
@@ -260,3 +261,11 @@ def test_a_run_of_two_versions_counts_once_and_both_are_named() -> None:
     (note,) = [r for r in remarks([old, new]) if "another version" in r]
     assert all(file_name(record) in note for record in (old, new))
     assert not [r for r in remarks([old, make(0.9, method="ncm", order=1)]) if "another version" in r]
+
+
+def test_an_order_that_is_drawn_as_it_was_given_is_named() -> None:
+    records = [make(order=order, domains="ab") for order in (None, 1)]
+    (note,) = [r for r in remarks(records) if "again" in r]
+    assert "class order 1 is that given again, so runs of both count once" in note
+    assert ": final" in one_line(records[0])
+    assert "class order as given" in one_line(records[0])

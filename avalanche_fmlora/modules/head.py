@@ -71,7 +71,6 @@ class IncrementalHead(nn.Module):
         self._generator = torch.Generator().manual_seed(seed)
         self._undo: tuple[Tensor, Tensor, Tensor] | None = None
         self._reach = 0  # largest class index seen, plus one: asked in every step, so no word to the device
-        self._keeps_anew = False  # whether the open experience is the first for which means are kept
 
     @property
     def n_classes(self) -> int:
@@ -135,8 +134,8 @@ class IncrementalHead(nn.Module):
             self.seen[fresh] = False
             self._reach = _reach(self.seen)
             self._generator.set_state(drawn_from)
-        if self._keeps_anew:
-            self.means, self._keeps_anew = self.means[:0], False
+        if len(self.means) and not bool((self.occurrences > 1).any()):  # kept for the open experience, and in vain
+            self.means = self.means[:0]
         self._let_go()
 
     def _let_go(self) -> None:
@@ -177,7 +176,7 @@ class IncrementalHead(nn.Module):
     def keep_means(self) -> None:
         """Keep the class means, which `rows` are now, apart from rows: classes recur, and theirs will train on."""
         if not len(self.means):
-            self.means, self._keeps_anew = self.rows.clone()[None], True
+            self.means = self.rows.clone()[None]
 
     @torch.no_grad()
     def add_means(self, classes: Tensor, means: Tensor, counts: Tensor, *, separate: bool) -> None:
@@ -189,7 +188,6 @@ class IncrementalHead(nn.Module):
             counts: samples behind them, shape [A]; those of experiences before are `self.counts`.
             separate: keep those of each experience by themselves.
         """
-        self._keeps_anew = False
         slots = self.occurrences[classes] if separate else torch.zeros_like(classes)
         missing = int(slots.max()) + 1 - len(self.means)
         if missing > 0:

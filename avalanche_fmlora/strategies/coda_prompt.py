@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.modules.prompt_pool import PromptedNetwork, PromptPool, check_blocks, task_generator
 from avalanche_fmlora.modules.vit import TimmViT
-from avalanche_fmlora.strategies.config import Schedule, Structural
+from avalanche_fmlora.strategies.config import MethodConfig, Schedule, Structural
 from avalanche_fmlora.strategies.prompting import PromptConfig, PromptStrategy
 from avalanche_fmlora.strategies.registry import register
 
@@ -40,6 +40,22 @@ class CODAPromptConfig(PromptConfig):
     lr_schedule: Schedule = "coda"
     """Course of all rates within an experience: half-cosine to zero, constant, or CODA-Prompt's by epoch.
     Without effect on an optimizer or scheduler that is passed in."""
+
+    def planned_for(self, n_experiences: int) -> MethodConfig:
+        """See :meth:`MethodConfig.planned_for`; a `pool_size` that was not given becomes the nearest that divides."""
+        planned = super().planned_for(n_experiences)
+        if planned is self or "pool_size" in self.model_fields_set:
+            return planned
+        return planned.model_copy(update={"pool_size": nearest_size(self.pool_size, n_experiences)})
+
+
+def nearest_size(size: int, n_tasks: int) -> int:
+    """The size of a pool nearest to `size` that so many tasks share evenly.
+
+    >>> nearest_size(100, 6)
+    102
+    """
+    return max(1, round(size / n_tasks)) * n_tasks
 
 
 def component_weights(query: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
@@ -152,7 +168,7 @@ class CODAPromptPool(PromptPool):
         if size % n_tasks:
             raise ValueError(
                 f"Expected `pool_size` to be a multiple of `n_tasks` but got {size} and {n_tasks}: each task has the "
-                f"same number of components; take pool_size={max(1, round(size / n_tasks)) * n_tasks}."
+                f"same number of components; take pool_size={nearest_size(size, n_tasks)}."
             )
         self.blocks = tuple(blocks)
         self.n_tasks = n_tasks

@@ -83,6 +83,12 @@ class MethodConfig(StrictModel):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the method's own random starts (bases, rows, Gumbel noise)."""
 
+    def planned_for(self, n_experiences: int) -> MethodConfig:
+        """These options for a stream of so many experiences: `n_tasks`, where there is one that was not given."""
+        if "n_tasks" not in type(self).model_fields or "n_tasks" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"n_tasks": n_experiences})
+
 
 def structural_options(config: type[BaseModel]) -> set[str]:
     """Names of the options that are :data:`Structural` in a configuration class or in one that it extends.

@@ -11,7 +11,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from avalanche_fmlora.modules.network import ContinualNetwork
-from avalanche_fmlora.strategies.optimizers import refresh_optimizer
+from avalanche_fmlora.strategies.optimizers import own_rates, refresh_optimizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,9 +58,8 @@ class Optimization(SupervisedTemplate):
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Same optimizer, same groups, fresh state, only trainable tensors."""
-        for group, rate, scaled in reversed(self._unscaled):
-            if group["lr"] == scaled:  # else it was set anew since
-                group["lr"] = rate
+        for group, rate in own_rates(self._unscaled):
+            group["lr"] = rate
         self._unscaled.clear()
         self._step_factors.clear()
         groups = self.model.parameter_groups()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,11 +97,24 @@ def refresh_optimizer(
     return [p for params in trained.values() for p in params]
 
 
+def own_rates(scaled: Sequence[tuple[dict[str, Any], float, float]]) -> list[tuple[dict[str, Any], float]]:
+    """Groups whose rate was multiplied for the time being, with the one that each gets back.
+
+    Args:
+        scaled: in order, the group, its rate before and that after. A group whose rate was set anew since keeps it.
+    """
+    found: dict[int, tuple[dict[str, Any], float]] = {}
+    for group, before, after in reversed(scaled):
+        if found.get(id(group), (group, group["lr"]))[1] == after:
+            found[id(group)] = (group, before)
+    return list(found.values())
+
+
 def optimizer_state(
     optimizer: Optimizer,
     model: nn.Module,
     given: Iterable[Any] = (),
-    unscaled: Iterable[tuple[dict[str, Any], float, float]] = (),
+    unscaled: Iterable[tuple[dict[str, Any], float]] = (),
 ) -> dict[str, Any]:
     """What an optimizer is between two experiences: options of its groups, and tensors that are not the model's.
 
@@ -111,13 +124,12 @@ def optimizer_state(
         optimizer: as it is after an experience.
         model: the strategy's.
         given: what :func:`refresh_optimizer` returned.
-        unscaled: groups whose rate is another for the time being, with the one that they get back and that other.
+        unscaled: groups whose rate is another for the time being, with the one that they get back (:func:`own_rates`).
     """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     place = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    for group, rate, scaled in reversed(list(unscaled)):
-        kept = groups[place[id(group)]]
-        kept["lr"] = rate if kept["lr"] == scaled else kept["lr"]
+    for group, rate in unscaled:
+        groups[place[id(group)]]["lr"] = rate
     return {"groups": groups, "tensors": [[p.detach() for p in own] for own in _users_own(optimizer, model, given)]}
 
 

@@ -21,7 +21,7 @@ from avalanche_fmlora.backbones import state_sha256
 from avalanche_fmlora.checkpoint import random_state, set_random_state
 from avalanche_fmlora.modules.network import ContinualNetwork
 from avalanche_fmlora.strategies.object_state import is_ours, load_object_state, object_state, plain
-from avalanche_fmlora.strategies.optimizers import load_optimizer_state, optimizer_state
+from avalanche_fmlora.strategies.optimizers import load_optimizer_state, optimizer_state, own_rates
 
 if TYPE_CHECKING:
     from avalanche_fmlora.strategies.base import ContinualStrategy
@@ -38,7 +38,9 @@ def training_state(strategy: ContinualStrategy) -> dict[str, Any]:
     """
     return {
         "model": _model_state(strategy.model),
-        "optimizer": optimizer_state(strategy.optimizer, strategy.model, strategy._given_tensors, strategy._unscaled),
+        "optimizer": optimizer_state(
+            strategy.optimizer, strategy.model, strategy._given_tensors, own_rates(strategy._unscaled)
+        ),
         "scaler": strategy._scaler.state_dict(),
         "resources": strategy.resources,
         "clock": object_state(strategy.clock)[0],
